@@ -1,0 +1,76 @@
+"""Fakes and small networks that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tudsr_core.pipeline import Model, Stage
+from tudsr_core.plan import NetworkFacts, StageLimits
+from tudsr_core.schedule import from_noise_level
+
+
+class IdentityNetworks:
+    """A model whose answer is known: latents are pixels folded by 8, and z_H equals z_L.
+
+    `eps(z)` may be replaced by any pointwise function; `fail_at` raises out-of-memory at that call.
+    """
+
+    facts = NetworkFacts(latent_scale=8, multiple=8, weight_bytes=0, tile_bytes_per_pixel=1)
+
+    def __init__(self, t: int, eps: Callable[[Tensor], Tensor] | None = None, fail_at: int | None = None) -> None:
+        step = from_noise_level(t)
+        self.eps = eps or (lambda z: z * (1 - step.p) / step.q)
+        self.fail_at, self.calls, self.shapes = fail_at, 0, []
+
+    def vae_calls(self, size):
+        return 2
+
+    def encode(self, pixels, seed, on_tile):
+        on_tile()
+        return torch.nn.functional.pixel_unshuffle(pixels, 8)
+
+    def predict(self, z, t, condition):
+        self.calls += 1
+        self.shapes.append(tuple(z.shape))
+        if self.calls == self.fail_at:
+            raise torch.OutOfMemoryError("simulated")
+        return self.eps(z)
+
+    def decode(self, z, on_tile):
+        on_tile()
+        return torch.nn.functional.pixel_shuffle(z, 8)
+
+    def condition(self, text):
+        return text
+
+    def is_out_of_memory(self, error):
+        return isinstance(error, torch.OutOfMemoryError)
+
+
+def identity_model(**options) -> Model:
+    """Return a two-stage model of `IdentityNetworks` at t = 200 and t = 50."""
+    first = Stage(IdentityNetworks(200, **options), from_noise_level(200), "stage one")
+    second = Stage(IdentityNetworks(50), from_noise_level(50), "stage two")
+    return Model(first, second, StageLimits())
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """Return the model shipped with the package, on the CPU."""
+    from tudsr_core.local import load_embedded
+
+    return load_embedded("cpu")
+
+
+@pytest.fixture
+def noise():
+    """Return a function that makes seeded uniform noise of a shape."""
+
+    def make(*shape: int, seed: int = 0) -> Tensor:
+        return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+    return make

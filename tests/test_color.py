@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from tudsr_core.color import adain, low_frequencies, match_color, wavelet
+
+
+def slow_blur(plane, levels):
+    """The a trous blur one pixel at a time: 3 x 3 kernel [1 2 1] x [1 2 1] / 16, edges repeated."""
+    height, width = plane.shape
+    weights = {-1: 0.25, 0: 0.5, 1: 0.25}
+    for level in range(levels):
+        reach, out = 2**level, torch.zeros_like(plane)
+        for y in range(height):
+            for x in range(width):
+                for i, a in weights.items():
+                    for j, b in weights.items():
+                        yy = min(max(y + i * reach, 0), height - 1)
+                        xx = min(max(x + j * reach, 0), width - 1)
+                        out[y, x] += a * b * plane[yy, xx]
+        plane = out
+    return plane
+
+
+def test_low_frequencies_equal_the_slow_blur(noise):
+    plane = noise(1, 1, 11, 14).double()
+    assert (low_frequencies(plane, 3)[0, 0] - slow_blur(plane[0, 0], 3)).abs().max() < 1e-12
+
+
+def test_wavelet_is_high_bands_of_the_picture_plus_low_band_of_the_source(noise):
+    image, source = noise(1, 3, 40, 30), noise(1, 3, 40, 30, seed=1)
+    high, low = torch.zeros_like(image), image
+    for level in range(1, 6):
+        blurred = low_frequencies(image, level)
+        high, low = high + (low - blurred), blurred
+    assert (wavelet(image, source) - (high + low_frequencies(source))).abs().max() < 1e-6
+
+
+def test_adain_gives_the_moments_of_the_source(noise):
+    image, source = noise(2, 3, 16, 16) * 0.3, noise(2, 3, 16, 16, seed=1) * 0.6 + 0.2
+    out = adain(image, source)
+    assert torch.allclose(out.mean((2, 3)), source.mean((2, 3)), atol=1e-6)
+    wanted = (source.var((2, 3)) + 1e-5).sqrt() / (image.var((2, 3)) + 1e-5).sqrt() * image.std((2, 3))
+    assert torch.allclose(out.std((2, 3)), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["adain", "wavelet", "none"])
+def test_a_picture_matched_to_itself_stays(method, noise):
+    for size in ((33, 21), (1, 1), (1, 40)):
+        image = noise(1, 3, *size)
+        assert (match_color(image, image, method) - image).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("method", ["adain", "wavelet"])
+def test_a_colour_cast_is_removed(method, noise):
+    source = noise(1, 3, 64, 64) * 0.5 + 0.25
+    cast = source * 0.9 + torch.tensor([0.1, 0.0, -0.05]).view(1, 3, 1, 1)
+    before = (cast.mean((2, 3)) - source.mean((2, 3))).abs().max()
+    after = (match_color(cast, source, method).mean((2, 3)) - source.mean((2, 3))).abs().max()
+    assert before > 0.04
+    assert after < 2e-3
+
+
+def test_unknown_method_and_unequal_sizes_are_refused(noise):
+    with pytest.raises(ValueError, match="colour fix is 'lab'"):
+        match_color(noise(1, 3, 4, 4), noise(1, 3, 4, 4), "lab")
+    with pytest.raises(ValueError, match="equal sizes"):
+        match_color(noise(1, 3, 4, 4), noise(1, 3, 4, 5), "none")

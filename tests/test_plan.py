@@ -1,0 +1,101 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tudsr_core.plan import NetworkFacts, StageLimits, Target, plan_upscale, split_factor
+
+SD = NetworkFacts(latent_scale=8, multiple=64, weight_bytes=2**30, tile_bytes_per_pixel=1000)
+
+
+@pytest.mark.parametrize(
+    ("factor", "stages"),
+    [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (6, [3, 2]), (8, [4, 2]), (12, [3, 2, 2]), (16, [4, 2, 2])],
+)
+def test_published_factors(factor, stages):
+    assert split_factor(factor, StageLimits()) == stages
+
+
+def test_a_model_trained_for_x4_alone_uses_one_stage_up_to_4():
+    limits = StageLimits(single_up_to=4)
+    assert [split_factor(f, limits) for f in (4, 4.5, 8)] == [[4], [2.25, 2], [4, 2]]
+
+
+@given(st.floats(1, 64))
+def test_any_factor_is_split_within_the_native_limits(factor):
+    limits = StageLimits()
+    parts = split_factor(factor, limits)
+    assert math.prod(parts) == pytest.approx(factor)
+    assert parts[0] <= limits.first_max + 1e-6
+    assert all(part == limits.second for part in parts[1:])
+
+
+@pytest.mark.parametrize(
+    ("target", "size"),
+    [
+        (Target(scale=4), (372, 564)),
+        (Target(scale=2.5), (232, 352)),
+        (Target(width=1000), (660, 1000)),
+        (Target(height=1000), (1000, 1516)),
+        (Target(long_edge=999), (659, 999)),
+        (Target(width=1000, height=660), (660, 1000)),
+        (Target(scale=1), (93, 141)),
+    ],
+)
+def test_targets_give_exact_sizes(target, size):
+    assert target.size_for((93, 141)) == size
+    assert plan_upscale((93, 141), target, SD, StageLimits()).stages[-1].size == size
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (Target(scale=0), "scale 0"),
+        (Target(scale=-1), "scale -1"),
+        (Target(scale=1e9), "too large"),
+        (Target(scale=float("nan")), "scale nan"),
+        (Target(scale=0.5), "smaller than the picture"),
+        (Target(width=50), "smaller than the picture"),
+        (Target(width=-5), "width -5"),
+        (Target(width=1000, height=1000), "stretch"),
+        (Target(), "exactly one"),
+        (Target(scale=2, long_edge=500), "exactly one"),
+    ],
+)
+def test_impossible_targets_name_the_problem(target, says):
+    with pytest.raises(ValueError, match=says):
+        target.size_for((93, 141))
+
+
+def test_too_many_pixels_are_refused():
+    with pytest.raises(ValueError, match="pixels"):
+        Target(scale=64).size_for((4000, 4000))
+
+
+@pytest.mark.parametrize("tile", [dict(tile_px=100), dict(tile_px=64), dict(overlap_px=512), dict(overlap_px=30)])
+def test_tiles_that_do_not_fit_the_model_are_refused(tile):
+    with pytest.raises(ValueError, match=r"tile|overlap"):
+        plan_upscale((64, 64), Target(scale=2), SD, StageLimits(), **tile)
+
+
+def test_plan_of_an_extreme_strip():
+    plan = plan_upscale((2, 30000), Target(scale=8), SD, StageLimits())
+    assert plan.size == (16, 240000)
+    assert [stage.padded for stage in plan.stages] == [(64, 120000), (64, 240000)]
+    assert all(stage.tiles.tile_height == 8 for stage in plan.stages)
+
+
+def test_plan_counts_calls_and_speaks_plainly():
+    plan = plan_upscale((256, 256), Target(scale=8), SD, StageLimits())
+    assert [len(stage.tiles) for stage in plan.stages] == [9, 25]
+    assert plan.calls == 34
+    text = "\n".join(plan.describe())
+    assert "256 x 256 to 2048 x 2048, 34 network calls" in text
+    assert "stage 2: x2 to 2048 x 2048, 25 tiles of 512 x 512" in text
+
+
+def test_device_memory_does_not_grow_with_the_picture():
+    small, large = (plan_upscale((side, side), Target(scale=8), SD, StageLimits()) for side in (128, 1024))
+    assert small.device_bytes == large.device_bytes
+    assert large.host_bytes == 64 * small.host_bytes

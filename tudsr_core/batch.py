@@ -1,0 +1,103 @@
+"""Many pictures: which file becomes which, and one picture from file to file.
+
+The command line and (later) the folder node call this; it only combines `files` and `pipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .files import FORMATS, Picture, PictureError, check_output, read_picture, write_picture
+from .pipeline import Model, Tick, UpscaleOptions, plan_for, upscale
+from .plan import Target
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to read and the file to write."""
+
+    source: Path
+    output: Path
+
+
+@dataclass(frozen=True)
+class Output:
+    """How results are written: `bits` 8 or 16 (None: as the source), JPEG / WebP quality, replacing."""
+
+    bits: int | None = None
+    quality: int = 95
+    overwrite: bool = False
+
+
+def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None = None) -> list[Job]:
+    """Pair every input picture with an output path.
+
+    Inputs are files or folders (their pictures, in name order). `output` is a file for exactly
+    one input file, otherwise a folder. `suffix` (".png") changes the type. Raises PictureError
+    for missing inputs, empty folders, and outputs that would meet each other or an input.
+    """
+    sources = [file for path in inputs for file in _expand(path)]
+    if output.suffix.lower() in FORMATS and not output.is_dir():
+        if len(inputs) != 1 or inputs[0].is_dir():
+            raise PictureError(f"{output} is one file, but there are several inputs; give a folder with -o")
+        jobs = [Job(sources[0], output)]
+    else:
+        jobs = [Job(source, output / (source.stem + (suffix or _writable_suffix(source)))) for source in sources]
+    taken: dict[Path, Path] = {}
+    originals = {source.resolve() for source in sources}
+    for job in jobs:
+        target = job.output.resolve()
+        if target in originals:
+            raise PictureError(f"{job.output} is an input and would be replaced; choose another folder with -o")
+        if target in taken:
+            raise PictureError(f"{job.source} and {taken[target]} would both become {job.output}; rename one")
+        taken[target] = job.source
+    return jobs
+
+
+def _expand(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS and file.is_file())
+    if not found:
+        raise PictureError(f"folder {path} holds no pictures ({', '.join(FORMATS)})")
+    return found
+
+
+def _writable_suffix(source: Path) -> str:
+    return source.suffix if source.suffix.lower() in FORMATS else ".png"
+
+
+def open_job(
+    job: Job, model: Model, target: Target, options: UpscaleOptions, output: Output
+) -> tuple[Picture, list[str]]:
+    """Read the source, check that the result can be made and written; return it and the plan as text.
+
+    Nothing is written. Raises PictureError or ValueError with one line that says what to change.
+    """
+    picture = read_picture(job.source)
+    try:
+        plan = plan_for(model, picture.size, target, options)
+    except ValueError as error:
+        raise PictureError(f"{job.source}: {error}") from error
+    bits = output.bits or picture.bits
+    check_output(job.output, plan.size, picture.has_alpha, bits, output.overwrite)
+    return replace(picture, bits=bits), plan.describe()
+
+
+def finish_job(
+    job: Job,
+    picture: Picture,
+    model: Model,
+    target: Target,
+    options: UpscaleOptions,
+    output: Output,
+    tick: Tick | None = None,
+) -> Picture:
+    """Upscale `picture` and write it to `job.output`; returns what was written."""
+    pixels = upscale(picture.pixels, model, target, options, tick)
+    result = replace(picture, pixels=pixels)
+    write_picture(job.output, result, overwrite=output.overwrite, quality=output.quality)
+    return result

@@ -1,0 +1,73 @@
+"""Colour correction: give the restored picture the colours of the picture it came from.
+
+All functions take `B 3 H W`, float, 0..1 and work in float; nothing is rounded to 8 bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ColorFix = Literal["wavelet", "adain", "none"]
+COLOR_FIXES: tuple[ColorFix, ...] = ("wavelet", "adain", "none")
+
+WAVELET_LEVELS = 5
+
+
+def match_color(image: Tensor, source: Tensor, method: ColorFix) -> Tensor:
+    """Return `image` with the colours of `source` (same shape), clamped to 0..1.
+
+    Raises ValueError for a method that does not exist or for sizes that differ.
+    """
+    if image.shape != source.shape:
+        raise ValueError(f"colour fix needs equal sizes; got {tuple(image.shape)} and {tuple(source.shape)}")
+    if method == "none":
+        return image.clamp(0, 1)
+    if method == "adain":
+        return adain(image, source).clamp(0, 1)
+    if method == "wavelet":
+        return wavelet(image, source).clamp(0, 1)
+    raise ValueError(f"colour fix is {method!r}; use one of {', '.join(COLOR_FIXES)}")
+
+
+def adain(image: Tensor, source: Tensor) -> Tensor:
+    """Give every channel of `image` the mean and standard deviation of `source`.
+
+    AdaIN (Huang and Belongie 2017, eq. 8) over the whole picture, std = sqrt(var + 1e-5) with
+    the unbiased variance, as StableSR applies it.
+    """
+    mean, std = _moments(image)
+    wanted_mean, wanted_std = _moments(source)
+    return (image - mean) / std * wanted_std + wanted_mean
+
+
+def _moments(image: Tensor) -> tuple[Tensor, Tensor]:
+    pixels = image.shape[-1] * image.shape[-2]
+    variance = image.var(dim=(-2, -1), keepdim=True, unbiased=pixels > 1)
+    return image.mean(dim=(-2, -1), keepdim=True), (variance + 1e-5).sqrt()
+
+
+def wavelet(image: Tensor, source: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
+    """Keep the detail of `image` and take the low frequencies of `source` (StableSR, a trous wavelet).
+
+    The high bands telescope, so the result is image - low(image) + low(source).
+    """
+    return image + low_frequencies(source - image, levels)
+
+
+def low_frequencies(image: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
+    """Blur `B C H W` with [1 2 1] x [1 2 1] / 16 at dilations 1, 2, 4, ... 2^(levels-1), edges repeated."""
+    channels = image.shape[1]
+    row = torch.tensor([0.25, 0.5, 0.25], dtype=image.dtype, device=image.device)
+    for level in range(levels):
+        reach = 2**level
+        for kernel, pad, dilation in (
+            (row.view(1, 1, 1, 3), (reach, reach, 0, 0), (1, reach)),
+            (row.view(1, 1, 3, 1), (0, 0, reach, reach), (reach, 1)),
+        ):
+            padded = F.pad(image, pad, mode="replicate")
+            image = F.conv2d(padded, kernel.expand(channels, 1, -1, -1), dilation=dilation, groups=channels)
+    return image

@@ -1,0 +1,231 @@
+"""What a run will do, decided before it runs: sizes, stages, tiles, calls and memory.
+
+Pure arithmetic on sizes; no tensor and no network is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .tiles import TilePlan, plan_tiles
+
+MAX_FACTOR = 64.0
+MAX_PIXELS = 2**30
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StageLimits:
+    """Which factors a model's stages were trained for (TUDSR sec. 3.1: x8 = 4 x 2, x4 = 2 x 2).
+
+    `first_max`: largest factor of stage one. `second`: factor of stage two, repeated as needed.
+    `single_up_to`: up to this total factor stage one works alone.
+    """
+
+    first_max: float = 4.0
+    second: float = 2.0
+    single_up_to: float = 3.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """The wanted size: a factor, a width and / or height, or the length of the longer edge."""
+
+    scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    long_edge: int | None = None
+
+    def size_for(self, source: Size) -> Size:
+        """Return `(height, width)` for a source of `(height, width)`.
+
+        Raises ValueError when nothing or too much is given, when both sides are given with
+        another aspect ratio, and when the result is smaller than the source or too large.
+        """
+        height, width = source
+        given = [self.scale is not None, bool(self.width or self.height), self.long_edge is not None]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of scale, width / height, or long edge")
+        factor = self._factor(height, width)
+        if not math.isfinite(factor) or factor <= 0:
+            raise ValueError(f"scale {factor:g} is not a size; use a factor from 1 to {MAX_FACTOR:g}")
+        if factor > MAX_FACTOR:
+            raise ValueError(f"scale {factor:g} is too large; the limit is {MAX_FACTOR:g}")
+        size = (
+            self.height or max(1, round(height * factor)),
+            self.width or max(1, round(width * factor)),
+        )
+        if size[0] < height or size[1] < width:
+            raise ValueError(
+                f"target {size[1]} x {size[0]} is smaller than the picture ({width} x {height}); "
+                "this tool only enlarges"
+            )
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"target {size[1]} x {size[0]} has more than {MAX_PIXELS:,} pixels; use a smaller scale")
+        return size
+
+    def _factor(self, height: int, width: int) -> float:
+        if self.scale is not None:
+            return float(self.scale)
+        if self.long_edge is not None:
+            return self.long_edge / max(height, width)
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is not a size; it must be at least 1")
+        if self.width and self.height:
+            across, down = self.width / width, self.height / height
+            if max(abs(self.height - height * across), abs(self.width - width * down)) > max(1.0, across, down):
+                raise ValueError(
+                    f"{self.width} x {self.height} would stretch a picture of {width} x {height}; "
+                    "give only the width or only the height"
+                )
+            return max(across, down)
+        return self.width / width if self.width else self.height / height
+
+
+def split_factor(factor: float, limits: StageLimits) -> list[float]:
+    """Split a total factor into stages: [first, second, second, ...], their product is `factor`.
+
+    >>> split_factor(8, StageLimits()), split_factor(6, StageLimits()), split_factor(16, StageLimits())
+    ([4.0, 2.0], [3.0, 2.0], [4.0, 2.0, 2.0])
+    """
+    if factor <= limits.single_up_to:
+        return [float(factor)]
+    seconds = max(1, math.ceil(round(math.log(factor / limits.first_max, limits.second), 9)))
+    first = factor / limits.second**seconds
+    return [first] + [limits.second] * seconds
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What planning must know about a model: geometry, and memory measured once per pixel.
+
+    `latent_scale`: pixels per latent. `multiple`: sides must be multiples of it, in pixels.
+    `weight_bytes`: all weights in memory. `tile_bytes_per_pixel`: peak activations of one tile,
+    per pixel of tile, of the hungriest network.
+    """
+
+    latent_scale: int
+    multiple: int
+    weight_bytes: int
+    tile_bytes_per_pixel: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: the factor, the size it makes, the padded size it computes on, and its tiles."""
+
+    number: int
+    factor: float
+    size: Size
+    padded: Size
+    tiles: TilePlan
+
+    def describe(self) -> str:
+        """Return one line such as `stage 2: x2 to 1024 x 768, 12 tiles of 512 x 512`."""
+        scale = self.padded[0] // self.tiles.height
+        tile = f"{self.tiles.tile_width * scale} x {self.tiles.tile_height * scale}"
+        tiles = f"{len(self.tiles)} tiles of {tile}" if len(self.tiles) > 1 else "one tile"
+        return f"stage {self.number}: x{self.factor:g} to {self.size[1]} x {self.size[0]}, {tiles}"
+
+
+@dataclass(frozen=True)
+class UpscalePlan:
+    """The whole run for one picture."""
+
+    source: Size
+    size: Size
+    stages: tuple[StagePlan, ...]
+    device_bytes: int
+    host_bytes: int
+
+    @property
+    def calls(self) -> int:
+        """Number of UNet evaluations (tiles over all stages)."""
+        return sum(len(stage.tiles) for stage in self.stages)
+
+    def describe(self) -> list[str]:
+        """Return the plan as lines of plain text."""
+        source = f"{self.source[1]} x {self.source[0]} to {self.size[1]} x {self.size[0]}"
+        memory = f"memory: about {_gib(self.device_bytes)} for the networks, {_gib(self.host_bytes)} for the picture"
+        calls = f"{self.calls} network call{'s' if self.calls != 1 else ''}"
+        return [f"{source}, {calls}", *(stage.describe() for stage in self.stages), memory]
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+
+
+def plan_upscale(
+    source: Size,
+    target: Target,
+    facts: NetworkFacts,
+    limits: StageLimits,
+    *,
+    tile_px: int = 512,
+    overlap_px: int = 128,
+    tile_batch: int = 1,
+) -> UpscalePlan:
+    """Plan the enlargement of one picture of `source = (height, width)`.
+
+    `tile_px` and `overlap_px` are in pixels of the stage's output and are rounded to the model's
+    multiple. Raises ValueError as `Target.size_for` and `plan_tiles` do.
+    """
+    if min(source) < 1:
+        raise ValueError(f"picture is {source[1]} x {source[0]}; both sides must be at least 1")
+    size = target.size_for(source)
+    check_tiles(tile_px, overlap_px, tile_batch, facts)
+    factor = max(size[0] / source[0], size[1] / source[1])
+    factors = split_factor(factor, limits)
+    stages, done = [], 1.0
+    for number, stage_factor in enumerate(factors, 1):
+        done *= stage_factor
+        last = number == len(factors)
+        made = size if last else tuple(max(1, round(side * done)) for side in source)
+        stages.append(_plan_stage(number, stage_factor, made, facts, tile_px, overlap_px))
+    tile = max(s.tiles.tile_height * s.tiles.tile_width for s in stages) * facts.latent_scale**2
+    pixels = max(stage.padded[0] * stage.padded[1] for stage in stages)
+    return UpscalePlan(
+        source=source,
+        size=size,
+        stages=tuple(stages),
+        device_bytes=facts.weight_bytes + tile * tile_batch * facts.tile_bytes_per_pixel,
+        host_bytes=pixels * BYTES_PER_OUTPUT_PIXEL,
+    )
+
+
+# Peak of the whole-picture tensors, in float32 RGB copies: the enlarged input, the decoded
+# picture, and three temporaries of the colour fix (measured, see bench/README.md).
+BYTES_PER_OUTPUT_PIXEL = 3 * 4 * 5
+
+
+def check_tiles(tile_px: int, overlap_px: int, tile_batch: int, facts: NetworkFacts) -> None:
+    """Raise ValueError when tile, overlap or tile batch cannot work with this model."""
+    if tile_px < 2 * facts.multiple or tile_px % facts.multiple:
+        raise ValueError(
+            f"tile {tile_px} must be a multiple of {facts.multiple} and at least {2 * facts.multiple}; try 512"
+        )
+    if overlap_px % facts.multiple or not 0 <= overlap_px < tile_px:
+        raise ValueError(
+            f"overlap {overlap_px} must be a multiple of {facts.multiple}, "
+            f"at least 0 and smaller than the tile ({tile_px})"
+        )
+    if tile_batch < 1:
+        raise ValueError(f"tile batch {tile_batch} must be at least 1")
+
+
+def _plan_stage(
+    number: int, factor: float, size: Size, facts: NetworkFacts, tile_px: int, overlap_px: int
+) -> StagePlan:
+    padded = tuple(-(-side // facts.multiple) * facts.multiple for side in size)
+    scale = facts.latent_scale
+    tiles = plan_tiles(
+        padded[0] // scale,
+        padded[1] // scale,
+        tile_px // scale,
+        overlap_px // scale,
+        multiple=facts.multiple // scale,
+    )
+    return StagePlan(number, factor, size, padded, tiles)

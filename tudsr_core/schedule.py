@@ -1,0 +1,101 @@
+"""The noise schedule of Stable Diffusion and the one-step formulas built on it.
+
+Pure numbers: the tables are float64, the step is one line of tensor arithmetic. Multi-step
+sampling is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A variance-preserving schedule: `abar[t]` for integer timesteps t, float64."""
+
+    abar: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Number of training timesteps (1000 for Stable Diffusion)."""
+        return self.abar.numel()
+
+    def abar_at(self, t: int) -> float:
+        """Return abar_t for an integer timestep in 0..steps-1."""
+        if not 0 <= t < self.steps:
+            raise ValueError(f"timestep {t} is outside 0..{self.steps - 1}")
+        return float(self.abar[int(t)])
+
+    def sigma_at(self, t: int) -> float:
+        """Return sigma_t = sqrt((1 - abar_t) / abar_t), the noise level k-diffusion samplers use."""
+        abar = self.abar_at(t)
+        return ((1 - abar) / abar) ** 0.5
+
+
+@lru_cache(maxsize=4)
+def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> NoiseSchedule:
+    """Return the schedule of SD 1.x / 2.x: betas linear in their square root ("scaled_linear")."""
+    betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    return NoiseSchedule(torch.cumprod(1 - betas, 0))
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """Coefficients of a one-step restorer, for latents scaled as the UNet expects them.
+
+        z_in = a z_L + b n        (n: noise or predicted noise, unused when b = 0)
+        eps  = UNet(z_in, t)
+        z_H  = p z_in + q eps
+
+    One table of these covers TUDSR, OMGSR, OSEDiff (`from_noise_level`), PiSA-SR (`residual`) and
+    InvSR (`from_noise_level(noisy=True)`).
+    """
+
+    t: int
+    p: float
+    q: float
+    a: float = 1.0
+    b: float = 0.0
+
+    def start(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return z_in from the encoded latent z_L; `noise` is needed exactly when b is not 0."""
+        if self.b == 0:
+            return self.a * z
+        if noise is None:
+            raise ValueError("this one-step method mixes noise into the latent; pass noise")
+        return self.a * z + self.b * noise
+
+    def finish(self, z_in: Tensor, eps: Tensor) -> Tensor:
+        """Return z_H = p z_in + q eps, in float32 whatever the dtype of the network."""
+        return self.p * z_in.float() + self.q * eps.float()
+
+
+def from_noise_level(t: int, *, noisy: bool = False, schedule: NoiseSchedule | None = None) -> OneStep:
+    """Treat z_L as if it were z_t and solve for z_0 (TUDSR sec. 3.2, OMGSR eq. 6, OSEDiff eq. 5).
+
+    z_H = (z_in - sqrt(1 - abar_t) eps) / sqrt(abar_t), i.e. p = 1/sqrt(abar_t), q = -sigma_t.
+    With `noisy`, z_in = sqrt(abar_t) z_L + sqrt(1 - abar_t) n is really diffused first (InvSR).
+    """
+    schedule = schedule or scaled_linear()
+    abar = schedule.abar_at(t)
+    a, b = (abar**0.5, (1 - abar) ** 0.5) if noisy else (1.0, 0.0)
+    return OneStep(t=t, p=abar**-0.5, q=-schedule.sigma_at(t), a=a, b=b)
+
+
+def residual(t: int = 1) -> OneStep:
+    """Predict the residual directly: z_H = z_L - eps (PiSA-SR eq. 4)."""
+    return OneStep(t=t, p=1.0, q=-1.0)
+
+
+def comfy_start_scale(t: int, schedule: NoiseSchedule | None = None) -> float:
+    """Return sqrt(1 + sigma_t^2) = 1/sqrt(abar_t), the factor for a latent given to ComfyUI.
+
+    ComfyUI's EPS model called at sigma_t on X = z sqrt(1 + sigma_t^2) divides by that factor
+    again and returns "denoised" = X - sigma_t eps, which is exactly
+    (z - sqrt(1 - abar_t) eps) / sqrt(abar_t): a one-step stage is one Euler step sigma_t -> 0.
+    """
+    return (schedule or scaled_linear()).abar_at(t) ** -0.5

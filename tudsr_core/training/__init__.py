@@ -1,0 +1,1 @@
+"""Training: data, degradations, and the loop that made the embedded model."""

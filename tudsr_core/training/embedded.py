@@ -1,0 +1,369 @@
+"""Train the embedded model: `python -m tudsr_core.training.embedded --wheels wheels --out model.safetensors`.
+
+A small relative of the real thing, of stock diffusers classes: AutoencoderDC (f = 4, 32 latents)
+and UNet2DConditionModel, eps prediction on SD's schedule. Phase one trains VAE and UNet as stage
+one at t = 200 (the backbone itself is stage one) and rehearses stage two at t = 50; phase two
+freezes both and trains LoRA-2 at t = 50 on stage one's outputs with the looped-chunk scheme
+(TUDSR sec. 3.3: crop N x R, gradients accumulated over N^2 chunks of R before one step).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoints import PEFT_PREFIX, Adapter, Low, ModelFile, write_model
+from ..image import resize
+from ..metrics import psnr_y
+from ..plan import StageLimits
+from ..schedule import from_noise_level
+from . import data
+from .degradations import clean, mild, random_mild
+
+log = logging.getLogger(__name__)
+
+STAGE_ONE, STAGE_TWO = from_noise_level(200), from_noise_level(50)
+LATENTS, FACTOR, CHUNK = 32, 4, 128
+VAE_CONFIG = {
+    "latent_channels": LATENTS,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": [48, 48, 96],
+    "decoder_block_out_channels": [48, 48, 96],
+    "encoder_layers_per_block": [0, 1, 0],
+    "decoder_layers_per_block": [0, 1, 1],
+    "encoder_qkv_multiscales": [[], [], []],
+    "decoder_qkv_multiscales": [[], [], []],
+    "encoder_out_shortcut": False,
+    "decoder_in_shortcut": False,
+    "scaling_factor": 1.0,
+}
+# One normalisation group with a large epsilon is nearly the identity: statistics of a tile then
+# hardly matter, and tiled equals untiled up to a few 1e-3.
+UNET_CONFIG = {
+    "sample_size": 32,
+    "in_channels": LATENTS,
+    "out_channels": LATENTS,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "block_out_channels": [64, 96],
+    "layers_per_block": 2,
+    "cross_attention_dim": 32,
+    "norm_num_groups": 1,
+    "norm_eps": 100.0,
+}
+LORA_RANK = 24
+LORA_TARGETS = ["conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out"]
+
+
+def build() -> tuple[nn.Module, nn.Module]:
+    """Return an untrained `(vae, unet)` with the shapes of the embedded model."""
+    from diffusers import AutoencoderDC, UNet2DConditionModel
+
+    return AutoencoderDC.from_config(VAE_CONFIG), UNet2DConditionModel.from_config(UNET_CONFIG)
+
+
+@torch.no_grad()
+def start_as_identity(vae: nn.Module, unet: nn.Module, pictures: Tensor) -> None:
+    """Set weights so that the untrained model returns its input: training starts at bicubic.
+
+    VAE: space-to-depth and its inverse around a PCA of 4 x 4 blocks of `pictures` (B 3 H W).
+    UNet: eps = z (1 - sqrt(abar)) / sqrt(1 - abar), through pairs +x, -x, since
+    silu(x) - silu(-x) = x. All other branches start at zero.
+    """
+    blocks = F.pixel_unshuffle(F.pixel_unshuffle(pictures * 2 - 1, 2), 2).movedim(1, -1).reshape(-1, 48)
+    _, spread, axes = torch.linalg.svd(blocks[torch.randperm(len(blocks))[:60000]], full_matrices=False)
+    std = spread[:LATENTS] / min(len(blocks), 60000) ** 0.5
+    gain = std.clamp_min(0.02).rsqrt() / 1.4
+    _start_encoder(vae.encoder, axes[:LATENTS] * gain[:, None])
+    _start_decoder(vae.decoder, axes[:LATENTS].T / gain)
+    for name, module in unet.named_modules():
+        if name.endswith("conv2"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.GroupNorm):
+            module.weight.fill_(module.eps**0.5)
+    pairs = torch.cat([torch.eye(LATENTS), -torch.eye(LATENTS)])
+    _center(unet.conv_in, pairs)
+    last = unet.up_blocks[-1].resnets[-1].conv_shortcut
+    _center(last, torch.cat([torch.zeros(64, 64), torch.eye(64)], 1))
+    _center(unet.conv_out, pairs.T * (STAGE_ONE.p - 1) / -STAGE_ONE.q)
+
+
+def _center(conv: nn.Conv2d, matrix: Tensor) -> None:
+    conv.weight.zero_()
+    conv.weight[: matrix.shape[0], : matrix.shape[1], conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = matrix
+    if conv.bias is not None:
+        conv.bias.zero_()
+
+
+def _quiet_blocks(module: nn.Module) -> None:
+    for block in module.modules():
+        if type(block).__name__ == "ResBlock":
+            nn.init.zeros_(block.norm.weight)
+            nn.init.zeros_(block.norm.bias)
+
+
+def _start_encoder(encoder: nn.Module, to_latent: Tensor) -> None:
+    """Make the encoder compute `to_latent` (latents x 48) of each 4 x 4 block exactly."""
+    _quiet_blocks(encoder)
+    _center(encoder.conv_in.conv, torch.eye(3))
+    _center(encoder.down_blocks[1][-1].conv, torch.eye(12))
+    # The non-parametric shortcuts mix channels; undo that mixture in the last 1 x 1 tap.
+    probe = torch.randn(4000, 3, 4, 4)
+    hidden = encoder.conv_in(probe)
+    for block in encoder.down_blocks:
+        hidden = block(hidden)
+    blocks = F.pixel_unshuffle(F.pixel_unshuffle(probe, 2), 2).flatten(1)
+    unmix = torch.linalg.lstsq(hidden.flatten(1).double(), (blocks @ to_latent.T).double(), driver="gelsd").solution
+    _center(encoder.conv_out, unmix.T.float())
+
+
+def _start_decoder(decoder: nn.Module, to_block: Tensor) -> None:
+    """Make the decoder compute `to_block` (48 x latents) exactly, but for a 1 % gain error.
+
+    The last RMSNorm and ReLU become linear: one large constant channel rules the norm, and each
+    signal travels as a pair +x, -x.
+    """
+    _quiet_blocks(decoder)
+    constant = 20.0
+    _center(decoder.conv_in, torch.eye(LATENTS))
+    up = decoder.up_blocks[1][0]
+    signals = to_block.view(12, 4, LATENTS)  # half-resolution channel, 2 x 2 position
+    wanted = torch.zeros(48, 4, 96)
+    wanted[:12, :, :LATENTS], wanted[12:24, :, :LATENTS] = signals, -signals
+    shortcut = torch.eye(96).repeat_interleave(2, 0)
+    _center(up.conv, wanted.view(192, 96) - shortcut)
+    up.conv.bias.view(48, 4)[24] = constant
+    decoder.norm_out.weight.fill_(constant / 48**0.5)
+    decoder.norm_out.bias.zero_()
+    _center(decoder.conv_out.conv, torch.cat([torch.eye(12), -torch.eye(12)], 1))
+
+
+@dataclass
+class Restorer:
+    """The two networks and the two one-step formulas, on pictures `B 3 H W` in 0..1."""
+
+    vae: nn.Module
+    unet: nn.Module
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self.vae.encode(image * 2 - 1).latent
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z).sample / 2 + 0.5
+
+    def step(self, image: Tensor, formula=STAGE_ONE) -> Tensor:
+        z = self.encode(image)
+        empty = z.new_zeros(len(z), 1, UNET_CONFIG["cross_attention_dim"])
+        return self.decode(formula.finish(z, self.unet(z, formula.t, empty).sample))
+
+    def stage_one(self, small: Tensor, size: tuple[int, int]) -> Tensor:
+        """Enlarge with bicubic to `size`, then one step at t = 200."""
+        return self.step(resize(small, size))
+
+    def stage_two_start(self, small: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return what stage two sees for a picture of `size`: stage one at half of it, then bicubic x2."""
+        half = tuple(side // 2 for side in size)
+        return resize(self.stage_one(small, half).clamp(0, 1), size)
+
+
+class Average:
+    """Exponential moving average of parameters (Polyak), with a short warm-up."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.shadow, self.decay, self.count = copy.deepcopy(module).requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        pairs = zip(self.shadow.parameters(), module.parameters(), strict=True)
+        old, new = zip(*((a, b.detach()) for a, b in pairs), strict=True)
+        torch._foreach_lerp_(old, new, 1 - decay)
+
+
+def _rate(step: int, steps: int, peak: float, warm_up: int = 100) -> float:
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _loss(output: Tensor, target: Tensor, progress: float) -> Tensor:
+    """Mean absolute error first, for its robustness; squared error for the last third, as PSNR asks."""
+    if progress < 0.66:
+        return F.l1_loss(output, target)
+    return F.mse_loss(output, target) * 12
+
+
+def train_backbone(crops: data.Crops, model: Restorer, steps: int, rate: float, report) -> Restorer:
+    """Phase one: VAE and UNet together; four steps in five are stage one, the fifth is stage two.
+
+    Stage one sees x4 in seven steps of ten, and any factor from 1.5 to 4 in the others, so that
+    it does not overshoot when a plan asks for less than x4.
+    """
+    size = (CHUNK, CHUNK)
+    both = nn.ModuleList([model.vae, model.unet]).train()
+    optimizer = torch.optim.AdamW(both.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = Average(both, 0.998)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step, steps, rate)
+        sharp = crops.batch(8, CHUNK)
+        if step % 5 == 4:
+            with torch.no_grad():
+                start = model.stage_two_start(random_mild(sharp, 8, crops.rng), size)
+            output = model.step(start, STAGE_TWO)
+        else:
+            scale = 4 if crops.rng.random() < 0.7 else float(crops.rng.uniform(1.5, 4))
+            output = model.stage_one(random_mild(sharp, scale, crops.rng), size)
+        loss = _loss(output, sharp, step / steps)
+        if step % 2 == 0:
+            loss = loss + 0.3 * _loss(model.decode(model.encode(sharp[:4])), sharp[:4], step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(both.parameters(), 0.5)
+        optimizer.step()
+        average.update(both)
+        report(step, loss.item(), Restorer(*average.shadow))
+    return Restorer(*average.shadow)
+
+
+def train_stage_two(crops: data.Crops, model: Restorer, steps: int, rate: float, report) -> nn.Module:
+    """Phase two: LoRA-2 on the frozen backbone, looped over chunks; returns the UNet with the adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    model.vae.requires_grad_(False)
+    model.unet.requires_grad_(False)
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGETS, init_lora_weights="gaussian")
+    adapted = get_peft_model(copy.deepcopy(model.unet), config)
+    second = Restorer(model.vae, adapted)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = Average(adapted, 0.995)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step, steps, rate)
+        sharp = crops.batch(2, 2 * CHUNK)
+        with torch.no_grad():
+            start = model.stage_two_start(random_mild(sharp, 8, crops.rng), (2 * CHUNK, 2 * CHUNK))
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for y in (0, CHUNK):
+            for x in (0, CHUNK):
+                chunk = (..., slice(y, y + CHUNK), slice(x, x + CHUNK))
+                loss = _loss(second.step(start[chunk], STAGE_TWO), sharp[chunk], step / steps) / 4
+                loss.backward()
+                total += loss.item()
+        nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+        average.update(adapted)
+        report(step, total, Restorer(model.vae, average.shadow))
+    return average.shadow
+
+
+@torch.inference_mode()
+def choice_report(photos: dict[str, Tensor], model: Restorer, first: Restorer | None = None) -> str:
+    """Gain in PSNR-Y over bicubic on the choice photos; with `first`, of stage two after `first`."""
+    gains = {}
+    for name, photo in photos.items():
+        sharp = photo[None, :, : photo.shape[1] // 32 * 32, : photo.shape[2] // 32 * 32]
+        size = tuple(sharp.shape[-2:])
+        for recipe in (clean, mild):
+            small = recipe(sharp, 8 if first else 4)
+            if first:
+                start = first.stage_two_start(small, size)
+                gain = psnr_y(model.step(start, STAGE_TWO), sharp) - psnr_y(start, sharp)
+            else:
+                gain = psnr_y(model.stage_one(small, size), sharp) - psnr_y(resize(small, size), sharp)
+            gains[f"{name} {recipe.__name__}"] = gain
+    return " ".join(f"{name} {gain:+.3f}" for name, gain in gains.items())
+
+
+def _reporter(steps: int, photos: dict[str, Tensor], every: int, first: Restorer | None = None):
+    began, losses = time.monotonic(), []
+
+    def report(step: int, loss: float, model: Restorer) -> None:
+        losses.append(loss)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            mean = sum(losses[-every:]) / len(losses[-every:])
+            seconds = time.monotonic() - began
+            log.info("%d/%d %.0fs loss %.5f | %s", step + 1, steps, seconds, mean, choice_report(photos, model, first))
+
+    return report
+
+
+def main() -> None:
+    """Train both phases and write one safetensors file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheels", type=Path, required=True, help="folder with the wheels named in data.WHEELS")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--backbone", type=Path, help="skip phase one and start from this checkpoint")
+    parser.add_argument("--steps", type=int, nargs=2, default=(9000, 1500), help="of phase one and two")
+    parser.add_argument("--rate", type=float, nargs=2, default=(1e-3, 1e-3), help="learning rate of each phase")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)
+
+    photos = data.read_photos(data.TRAIN, args.wheels)
+    choice = data.read_photos(data.CHOICE, args.wheels)
+    drawn = data.draw_pictures(500, args.seed, list(photos.values()))
+    crops = data.Crops(photos, drawn, args.seed)
+    model = Restorer(*build())
+    if args.backbone:
+        state = torch.load(args.backbone, weights_only=True)
+        model.vae.load_state_dict(state["vae"])
+        model.unet.load_state_dict(state["unet"])
+    else:
+        start_as_identity(model.vae, model.unet, crops.batch(64, CHUNK))
+        log.info("start: %s", choice_report(choice, model))
+        model = train_backbone(crops, model, args.steps[0], args.rate[0], _reporter(args.steps[0], choice, 500))
+        torch.save(
+            {"vae": model.vae.state_dict(), "unet": model.unet.state_dict()}, args.out.with_suffix(".backbone.pt")
+        )
+    report = _reporter(args.steps[1], choice, 250, model)
+    adapted = train_stage_two(crops, model, args.steps[1], args.rate[1], report)
+    save(args.out, model, adapted)
+
+
+def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
+    """Write VAE, UNet and LoRA-2 in float16, with everything needed to rebuild them as metadata."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(adapted)
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    lows = {
+        name.removeprefix(PEFT_PREFIX): Low(
+            tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"], LORA_RANK
+        )
+        for name in names
+    }
+    write_model(
+        path,
+        ModelFile(
+            name="embedded",
+            vae_config=VAE_CONFIG,
+            unet_config=UNET_CONFIG,
+            vae=model.vae.state_dict(),
+            unet=model.unet.state_dict(),
+            first_step=STAGE_ONE,
+            second=Adapter("stage two", lows, stage=2, step=STAGE_TWO),
+            limits=StageLimits(first_max=4, second=2, single_up_to=4),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
