@@ -21,7 +21,10 @@ GRID = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
 
 def pixels_of(array):
     array = array if array.ndim == 3 else np.stack([array] * 3, -1)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)).astype(np.float32))[None] / np.iinfo(array.dtype).max
+    return (
+        torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)).astype(np.float32))[None]
+        / np.iinfo(array.dtype).max
+    )
 
 
 def assert_same(path, array):

@@ -19,7 +19,9 @@ def test_tiles_cover_everything_and_weights_sum_to_one(height, width, tile, data
     kind = data.draw(st.sampled_from(["gaussian", "uniform", "published"]))
     if math.prod(-(-side // max(1, tile - overlap)) for side in (height, width)) > 400:
         return
-    plan = plan_tiles(height * multiple, width * multiple, tile * multiple, overlap * multiple, multiple=multiple, spacing=spacing)
+    plan = plan_tiles(
+        height * multiple, width * multiple, tile * multiple, overlap * multiple, multiple=multiple, spacing=spacing
+    )
     total = torch.zeros(plan.height, plan.width, dtype=torch.float64)
     for box in plan:
         assert box.top % multiple == box.left % multiple == 0
@@ -54,7 +56,9 @@ def published_loop(length, tile, overlap):
 @pytest.mark.parametrize(("tile", "overlap"), [(64, 32), (96, 32), (64, 16), (48, 8)])
 def test_stride_spacing_is_the_published_grid(tile, overlap):
     for length in range(tile, 401):
-        assert list(plan_tiles(length, 1, tile, overlap, spacing="stride").tops) == published_loop(length, tile, overlap)
+        assert list(plan_tiles(length, 1, tile, overlap, spacing="stride").tops) == published_loop(
+            length, tile, overlap
+        )
     counts = {length: len(plan_tiles(length, 1, 64, 32, spacing="stride").tops) for length in (64, 96, 128, 192, 256)}
     assert counts == {64: 1, 96: 2, 128: 3, 192: 5, 256: 7}
 

@@ -71,11 +71,12 @@ def _writable_suffix(source: Path) -> str:
 
 
 def open_job(
-    job: Job, model: Model, target: Target, options: UpscaleOptions, output: Output
+    job: Job, model: Model, target: Target, options: UpscaleOptions, output: Output, dry_run: bool = False
 ) -> tuple[Picture, list[str]]:
     """Read the source, check that the result can be made and written; return it and the plan as text.
 
-    Nothing is written. Raises PictureError or ValueError with one line that says what to change.
+    Nothing is written; `dry_run` leaves out the check of the output. Raises PictureError or
+    ValueError with one line that says what to change.
     """
     picture = read_picture(job.source)
     try:
@@ -83,7 +84,8 @@ def open_job(
     except ValueError as error:
         raise PictureError(f"{job.source}: {error}") from error
     bits = output.bits or picture.bits
-    check_output(job.output, plan.size, picture.has_alpha, bits, output.overwrite)
+    if not dry_run:
+        check_output(job.output, plan.size, picture.has_alpha, bits, output.overwrite)
     return replace(picture, bits=bits), plan.describe()
 
 

@@ -145,7 +145,7 @@ def _run(jobs, model, target, options, output, dry_run: bool) -> int:
     for job in jobs:
         began = time.monotonic()
         try:
-            picture, lines = open_job(job, model, target, options, output)
+            picture, lines = open_job(job, model, target, options, output, dry_run)
             out.print(f"{job.source} -> {job.output}", *(f"  {line}" for line in lines), sep="\n", markup=False)
             if dry_run:
                 continue
@@ -164,6 +164,32 @@ def _run(jobs, model, target, options, output, dry_run: bool) -> int:
             failed += 1
             _complain(error)
     return failed
+
+
+@app.command()
+@_one_line_errors
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the two pictures.")] = Path("out"),
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Upscale the shipped photo x8 and write it with a comparison (nearest, bicubic, ours)."""
+    from dataclasses import replace
+
+    from .batch import Job, Output
+    from .evaluation import compare, example_path
+    from .files import read_picture, write_picture
+    from .pipeline import UpscaleOptions
+    from .plan import Target
+
+    output.mkdir(parents=True, exist_ok=True)
+    job = Job(example_path(), output / "demo-x8.png")
+    networks = _load("embedded", None, None, device, Precision.fp32)
+    if _run([job], networks, Target(scale=8), UpscaleOptions(), Output(overwrite=True), dry_run=False):
+        raise typer.Exit(1)
+    small, ours = read_picture(job.source), read_picture(job.output)
+    panels = output / "demo-compare.png"
+    write_picture(panels, replace(small, pixels=compare(small.pixels, ours.pixels)), overwrite=True)
+    out.print(f"{panels}: nearest | bicubic | ours, one part at full size", markup=False)
 
 
 @app.command()

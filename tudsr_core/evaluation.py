@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +23,11 @@ from .training.degradations import clean, mild
 CROP = 16  # sides are cut to a multiple of it, so that x8 of the shrunk picture is the same size
 Scores = dict[tuple[str, str], dict[str, tuple[float, float]]]
 """`{(case, method): {picture: (PSNR-Y, SSIM)}}`."""
+
+
+def example_path() -> Path:
+    """Return the photo shipped for the demonstration."""
+    return Path(str(resources.files(__package__) / "assets" / "example.png"))
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -69,6 +76,23 @@ def _methods(model: Model, factor: int) -> dict[str, Callable[[Tensor, tuple[int
     if factor == 8:
         methods["stage one, bicubic x2"] = lambda small, size: resize(ours(small, size, total=4), size)
     return methods
+
+
+def compare(small: Tensor, ours: Tensor, crop: int = 480) -> Tensor:
+    """Return nearest | bicubic | ours side by side, `1 3 crop 3*crop+gaps`: the liveliest square of `ours`.
+
+    `small` is `1 3 h w`, `ours` its enlargement `1 3 H W`; the square is the one of largest variance.
+    """
+    size = tuple(ours.shape[-2:])
+    crop = min(crop, *size)
+    panels = [F.interpolate(small, size, mode="nearest-exact"), resize(small, size).clamp(0, 1), ours]
+    energy = F.avg_pool2d((ours - F.avg_pool2d(ours, 9, 1, 4)).square().mean(1, keepdim=True), crop, max(1, crop // 8))
+    place = int(energy.flatten().argmax())
+    top, left = (place // energy.shape[-1], place % energy.shape[-1])
+    step = max(1, crop // 8)
+    box = (..., slice(top * step, top * step + crop), slice(left * step, left * step + crop))
+    gap = ours.new_ones(1, 3, crop, 8)
+    return torch.cat([panels[0][box], gap, panels[1][box], gap, panels[2][box]], -1)
 
 
 def summary_rows(scores: Scores) -> list[list[str]]:

@@ -114,12 +114,10 @@ class Backbone:
     @cached_property
     def facts(self) -> NetworkFacts:
         """What planning must know."""
-        levels = len(self.unet.config.block_out_channels) - 1
         weights = sum(p.numel() * p.element_size() for m in (self.vae, self.unet) for p in m.parameters())
         return NetworkFacts(
             latent_scale=self.latent_scale,
-            # Every level of the UNet halves the latent once; other sizes would be cut off inside.
-            multiple=self.latent_scale * 2**levels,
+            multiple=max(8, self.latent_scale),
             weight_bytes=weights,
             tile_bytes_per_pixel=TILE_BYTES_PER_PIXEL * self.dtype.itemsize // 4,
         )

@@ -1,0 +1,116 @@
+"""Seconds and peak memory of an upscale, as ratios to named references in one run.
+
+    python bench/speed.py                     the table in bench/README.md
+    python bench/speed.py --sizes 128x4 --repeat 3
+
+References: `lanczos` (Pillow, the floor) and `plain` (the published procedure written straight:
+the same networks, whole-picture VAE, tiles at 50 % overlap, one call per tile). Every measurement
+is a fresh process, methods take turns (A B C A B C), medians are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tudsr_core.evaluation import lanczos
+from tudsr_core.image import resize
+from tudsr_core.local import load_embedded
+from tudsr_core.pipeline import UpscaleOptions, upscale
+from tudsr_core.plan import Target
+from tudsr_core.tiles import Canvas, plan_tiles
+
+SIZES = ("128x4", "256x8", "512x8")
+METHODS = ("lanczos", "plain", "ours")
+
+
+def picture(side: int) -> torch.Tensor:
+    """Return a square test picture with structure at all scales, from the shipped photo."""
+    photo = Path(__file__).parent.parent / "tudsr_core" / "assets" / "example.png"
+    image = Image.open(photo).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+@torch.inference_mode()
+def plain(model, image: torch.Tensor, factor: int) -> torch.Tensor:
+    """The published procedure with nothing spared: untiled VAE, tiles of 512 px at 50 % overlap."""
+    side = image.shape[-1]
+    for stage, grown in ((model.first, 4), (model.second, 8))[: 1 if factor == 4 else 2]:
+        enlarged = resize(image, (side * grown, side * grown)).clamp(0, 1)
+        networks = stage.networks
+        networks.backbone.unet_slot.use(networks.unet_updates)
+        z = networks.backbone.moments(enlarged * 2 - 1)[0]
+        plan = plan_tiles(*z.shape[-2:], 128, 64, spacing="stride")
+        canvas = Canvas(plan, "published")
+        for tile in plan:
+            canvas.add(tile, networks.predict(tile.cut(z), stage.step.t, networks.condition("")))
+        image = networks.backbone.vae.decode(stage.step.finish(z, canvas.result())).sample / 2 + 0.5
+        image = image.clamp(0, 1)
+    return image
+
+
+def measure(method: str, side: int, factor: int) -> dict[str, float]:
+    """Run one method once in this process; memory is the growth of the peak over the loaded model."""
+    image = picture(side)
+    model = None if method == "lanczos" else load_embedded("cpu")
+    if model:
+        upscale(image[..., :16, :16], model, Target(scale=8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    if method == "lanczos":
+        lanczos(image, (side * factor, side * factor))
+    elif method == "plain":
+        plain(model, image, factor)
+    else:
+        upscale(image, model, Target(scale=factor), UpscaleOptions())
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="SIDExFACTOR")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        method, side, factor = args.one
+        sys.stdout.write(json.dumps(measure(method, int(side), int(factor))))
+        return
+    rows = [
+        "| case | method | s | s / MP | peak MiB over the model | time / plain | memory / plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in args.sizes:
+        side, factor = (int(part) for part in case.split("x"))
+        results = {method: [] for method in METHODS}
+        for _ in range(args.repeat):
+            for method in METHODS:
+                command = [sys.executable, __file__, "--one", method, str(side), str(factor)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                results[method].append(json.loads(done.stdout))
+        middle = {m: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for m, runs in results.items()}
+        pixels = (side * factor) ** 2 / 1e6
+        for method in METHODS:
+            own, base = middle[method], middle["plain"]
+            rows.append(
+                f"| {side} to {side * factor} | {method} | {own['seconds']:.2f} | {own['seconds'] / pixels:.2f} | "
+                f"{own['mib']:.0f} | {own['seconds'] / base['seconds']:.2f} | {own['mib'] / base['mib']:.2f} |"
+            )
+    sys.stdout.write("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

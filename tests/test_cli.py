@@ -1,0 +1,194 @@
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TUDSR = [sys.executable, "-m", "tudsr_core"]
+
+
+def tudsr(*args, **options):
+    options = {"capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run([*TUDSR, *map(str, args)], **options)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    y, x = np.mgrid[0:20, 0:28]
+    array = np.dstack([np.sin(x / 3) * 90 + 120, np.cos(y / 4) * 80 + 120, (x + y) * 3]).astype(np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(array).save(path, dpi=(300, 300))
+    return path
+
+
+def size(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.size
+
+
+def test_one_picture_twice_gives_the_same_bytes(photo, tmp_path):
+    for name, batch in (("a.png", 1), ("b.png", 5)):
+        done = tudsr(
+            "upscale", photo, "-o", tmp_path / name, "--scale", 8, "--tile", 128, "--overlap", 32, "--tile-batch", batch
+        )
+        assert done.returncode == 0, done.stderr
+        assert "224 x 160 written in" in done.stdout
+    assert size(tmp_path / "a.png") == (224, 160)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_folder_and_files_together(photo, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.open(photo).convert("L").save(folder / "grey.jpg")
+    Image.open(photo).convert("RGBA").save(folder / "alpha.webp")
+    (folder / "notes.txt").write_text("no picture")
+    done = tudsr("upscale", folder, photo, "-o", tmp_path / "out", "--long-edge", 56)
+    assert done.returncode == 0, done.stderr
+    assert {p.name: size(p) for p in (tmp_path / "out").iterdir()} == {
+        name: (56, 40) for name in ("grey.jpg", "alpha.webp", "photo.png")
+    }
+
+
+def test_one_bad_picture_does_not_stop_the_others(photo, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(photo.read_bytes()[:-70])
+    done = tudsr("upscale", bad, photo, "-o", tmp_path / "out", "--scale", 2)
+    assert done.returncode == 1
+    assert f"error: {bad} is damaged" in done.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["photo.png"]
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(photo, tmp_path):
+    done = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 8, "--dry-run")
+    assert done.returncode == 0
+    assert "28 x 20 to 224 x 160" in done.stdout
+    assert "stage 2: x2" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+BAD = {
+    "scale 0": (["--scale", 0], "scale 0 is not a size"),
+    "scale -1": (["--scale", -1], "scale -1 is not a size"),
+    "scale 1e9": (["--scale", 1e9], "too large; the limit is 64"),
+    "smaller": (["--width", 10], "smaller than the picture"),
+    "two targets": (["--scale", 2, "--width", 99], "exactly one"),
+    "tile": (["--tile", 100], "tile 100 must be a multiple of 8"),
+    "bits": (["--bits", 12], "--bits 12"),
+    "adapter without base": (["--stage-one", "x"], "add --model"),
+    "missing base": (["--model", "none.ckpt", "--stage-one", "x"], "none.ckpt does not exist"),
+    "missing model": (["--model", "none.safetensors"], "none.safetensors does not exist"),
+    "cuda": (["--device", "cuda"], "'cuda' is not available"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_impossible_wishes_are_one_line(name, photo, tmp_path):
+    options, says = BAD[name]
+    import torch
+
+    if name == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    done = tudsr("upscale", photo, "-o", tmp_path / "out.png", *options)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_wrong_adapter_and_model_files_are_one_line(photo, tmp_path):
+    from tudsr_core.checkpoints import embedded_path
+
+    done = tudsr("upscale", photo, "-o", tmp_path / "o.png", "--model", photo)
+    assert done.returncode == 1
+    assert "not a whole safetensors file" in done.stderr
+    done = tudsr("upscale", photo, "-o", tmp_path / "o.png", "--model", embedded_path(), "--stage-one", embedded_path())
+    assert done.returncode == 1
+    assert "not an SD2.1-base checkpoint" in done.stderr
+
+
+def test_unwritable_folder_is_named(photo, tmp_path):
+    if os.geteuid() == 0:
+        target = "/proc/out.png"
+    else:
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        target = locked / "out.png"
+    done = tudsr("upscale", photo, "-o", target)
+    assert done.returncode == 1
+    assert "error: " in done.stderr and str(target) in done.stderr
+
+
+def test_extreme_shapes_work(tmp_path):
+    for shape in ((1, 1, 3), (2, 3000, 3)):
+        path = tmp_path / f"{shape[1]}.png"
+        Image.fromarray(np.full(shape, 200, np.uint8)).save(path)
+        done = tudsr("upscale", path, "-o", tmp_path / "out", "--scale", 4)
+        assert done.returncode == 0, done.stderr
+        with Image.open(tmp_path / "out" / path.name) as made:
+            assert made.size == (shape[1] * 4, shape[0] * 4)
+            assert abs(np.asarray(made, float).mean() - 200) < 3
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(photo, tmp_path):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    out = tmp_path / "out"
+    out.mkdir()
+    done = tudsr("upscale", photo, "-o", out, "--scale", 8, preexec_fn=limit)
+    assert done.returncode == 1
+    assert "no room left" in done.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_ctrl_c_leaves_no_half_written_file(photo, tmp_path):
+    large = tmp_path / "large.png"
+    Image.open(photo).resize((900, 700)).save(large)
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [*TUDSR, "upscale", str(large), "-o", str(out), "--scale", "4"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "large.png" in child.stdout.readline()
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, errors
+    assert "interrupted" in errors
+    assert list(out.iterdir()) == []
+
+
+def test_existing_and_input_files_are_never_replaced_by_accident(photo, tmp_path):
+    before = photo.read_bytes()
+    done = tudsr("upscale", photo, "-o", tmp_path, "--force")
+    assert done.returncode == 1
+    assert "is an input" in done.stderr
+    assert photo.read_bytes() == before
+    (tmp_path / "x.png").write_bytes(b"mine")
+    done = tudsr("upscale", photo, "-o", tmp_path / "x.png")
+    assert done.returncode == 1
+    assert (tmp_path / "x.png").read_bytes() == b"mine"
+
+
+def test_info_names_versions_and_the_model():
+    done = tudsr("info")
+    assert done.returncode == 0
+    for word in ("torch", "diffusers", "embedded model", "t=200", "t=50"):
+        assert word in done.stdout
+
+
+def test_demo_writes_its_two_pictures(tmp_path):
+    done = tudsr("demo", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"demo-x8.png", "demo-compare.png"}
+    assert "stage 2: x2" in done.stdout

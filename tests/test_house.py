@@ -1,0 +1,101 @@
+"""The layout's rules: who may import whom, and what must stay equal."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "tudsr_core"
+
+# A module may import only from ranks below its own.
+RANKS = [
+    {"files", "image", "schedule", "tiles"},
+    {"color", "metrics", "plan", "vae_tiling", "filter_bank"},
+    {"checkpoints", "pipeline"},
+    {"sd21", "batch"},
+    {"local"},
+    {"training.data", "training.degradations", "training.identity"},
+    {"evaluation", "training.embedded", "training.bank"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+ONLY_INSIDE_FUNCTIONS = {
+    "diffusers",
+    "peft",
+    "accelerate",
+    "timm",
+    "transformers",
+    "skimage",
+    "sklearn",
+    "tifffile",
+    "imagecodecs",
+}
+
+
+def modules():
+    return sorted(path for path in CORE.rglob("*.py") if path.name != "__init__.py")
+
+
+def name_of(path):
+    return ".".join(path.relative_to(CORE).with_suffix("").parts)
+
+
+def own_imports(path):
+    """Names of our modules that `path` imports, relative imports resolved."""
+    package = ("tudsr_core", *path.relative_to(CORE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            inside = ".".join([*base[1:], *filter(None, [node.module])])
+            yield from ([inside] if inside in RANK else [f"{inside}.{alias.name}".lstrip(".") for alias in node.names])
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_imports_only_go_down(path):
+    assert name_of(path) in RANK, "give the new module a rank"
+    for imported in own_imports(path):
+        if imported.rpartition(".")[2].startswith("__"):
+            continue
+        assert RANK[imported] < RANK[name_of(path)], f"{name_of(path)} must not import {imported}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_core_knows_no_comfyui_and_keeps_heavy_imports_lazy(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        for name in names:
+            top = name.split(".")[0]
+            assert top not in {"comfy", "comfy_api", "folder_paths", "server", "nodes", "tudsr_core"}
+            assert not (top in ONLY_INSIDE_FUNCTIONS and node in tree.body), f"import {top} inside the function"
+
+
+def test_the_pack_imports_without_comfyui():
+    for node in ast.parse((ROOT / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert node.module == "__future__"
+
+
+def test_requirements_equal_pyproject():
+    import re
+
+    text = (ROOT / "pyproject.toml").read_text()
+    declared = re.search(r"^dependencies = \[(.*?)\]", text, re.S | re.M).group(1)
+    wanted = re.findall(r'"([^"]+)"', declared)
+    assert (ROOT / "requirements.txt").read_text().split() == wanted
+
+
+def test_the_readme_names_the_command_that_ci_runs():
+    assert (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1] == "make test"
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 350
