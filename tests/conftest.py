@@ -33,7 +33,10 @@ class IdentityNetworks:
         on_tile()
         return torch.nn.functional.pixel_unshuffle(pixels, 8)
 
-    def predict(self, z, t, condition):
+    def denoise(self, z, t, condition, part, body):
+        return body(self.predict)
+
+    def predict(self, z, tiles):
         self.calls += 1
         self.shapes.append(tuple(z.shape))
         if self.calls == self.fail_at:

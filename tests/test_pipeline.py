@@ -86,7 +86,7 @@ def test_tiled_step_equals_the_published_blend(noise):
     ramp = torch.linspace(0, 1, 64).view(1, 1, 64, 1)
     model = identity_model(eps=lambda tile: tile * ramp)
     options = UpscaleOptions(window="published")
-    ours = restore_latent(z, model.first, plan_tiles(96, 160, 64, 32, spacing="stride"), options, lambda: None)
+    ours = restore_latent(z, model.first, plan_tiles(96, 160, 64, 32, spacing="stride"), options, lambda preview: None)
     above, below = torch.zeros(1, 4, 96, 160, dtype=torch.float64), torch.zeros(96, 160, dtype=torch.float64)
 
     def density(i, middle):
@@ -108,7 +108,7 @@ def test_out_of_memory_makes_smaller_tiles_and_the_same_picture(noise, caplog):
     options = UpscaleOptions(128, 32, 2, color_fix="none")
     calm = upscale(image, identity_model(), Target(scale=8), options)
     model, ticks = identity_model(fail_at=3), []
-    out = upscale(image, model, Target(scale=8), options, lambda done, total: ticks.append((done, total)))
+    out = upscale(image, model, Target(scale=8), options, lambda done, total, _: ticks.append((done, total)))
     assert (out - calm).abs().max() < 1e-5
     assert "tile batch lowered to 1" in caplog.text
     assert ticks[-1][0] == ticks[-1][1]
@@ -139,11 +139,11 @@ def test_other_errors_of_a_network_are_not_swallowed(noise):
 def test_ticks_count_every_tile_and_can_cancel(noise):
     image, options = noise(2, 3, 40, 40), UpscaleOptions(64, 16)
     model, seen = identity_model(), []
-    upscale(image, model, Target(scale=8), options, lambda done, total: seen.append((done, total)))
+    upscale(image, model, Target(scale=8), options, lambda done, total, _: seen.append((done, total)))
     total = count_ticks(model, plan_for(model, (40, 40), Target(scale=8), options), 2)
     assert seen == [(i + 1, total) for i in range(total)]
 
-    def stop(done, total):
+    def stop(done, total, preview):
         if done == 5:
             raise KeyboardInterrupt
 

@@ -152,7 +152,7 @@ def _run(jobs, model, target, options, output, dry_run: bool) -> int:
             with Progress(*columns, console=err, transient=True) as bar:
                 task = bar.add_task(job.source.name, total=None)
 
-                def tick(done: int, total: int, bar=bar, task=task) -> None:
+                def tick(done: int, total: int, preview: object, bar=bar, task=task) -> None:
                     bar.update(task, completed=done, total=total)
 
                 result = finish_job(job, picture, model, target, options, output, tick)

@@ -23,7 +23,7 @@ from .checkpoints import (
     read_adapter,
     read_model,
 )
-from .pipeline import Model, Stage
+from .pipeline import Model, Predict, Stage
 from .plan import NetworkFacts, StageLimits
 from .schedule import from_noise_level
 from .vae_tiling import Network, Reach, count_tiles, measure_reach, run_tiled
@@ -127,6 +127,8 @@ class Backbone:
         """`Reach` of encoder and decoder, None where the network is not local."""
         like = next(self.vae.parameters())
         scale = self.latent_scale
+        if any(isinstance(module, nn.GroupNorm) for module in self.vae.modules()):
+            return None, None
         encode = measure_reach(lambda x: self.moments(x)[0], 3, scale, like, limit=12)
         decode = measure_reach(lambda z: self.vae.decode(z).sample, self.vae.config.latent_channels, 1, like, limit=12)
         return encode, decode
@@ -176,9 +178,14 @@ class LocalNetworks:
             mean = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
         return mean * self.backbone.vae.config.scaling_factor
 
-    def predict(self, z: Tensor, t: int, condition: Tensor) -> Tensor:
-        """Return eps for `B C h w`, float32, on the device of `z`."""
+    def denoise(
+        self, z: Tensor, t: int, condition: Tensor, part: tuple[int, ...], body: Callable[[Predict], Tensor]
+    ) -> Tensor:
+        """Return `body(predict)` with this stage's updates in the UNet."""
         self.backbone.unet_slot.use(self.unet_updates)
+        return body(lambda parts, tiles: self._predict_all(parts, t, condition))
+
+    def _predict_all(self, z: Tensor, t: int, condition: Tensor) -> Tensor:
         # A CPU gains nothing from batching, and one tile at a time makes the bytes of a picture
         # independent of the tile batch.
         parts = z.split(1) if self.backbone.device.type == "cpu" else (z,)

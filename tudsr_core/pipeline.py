@@ -18,12 +18,18 @@ from .color import ColorFix, match_color
 from .image import join_alpha, pad_to_multiple, resize, split_alpha
 from .plan import NetworkFacts, StageLimits, StagePlan, Target, UpscalePlan, plan_upscale
 from .schedule import OneStep
-from .tiles import Canvas, TilePlan, Window, plan_tiles
+from .tiles import Canvas, Tile, TilePlan, Window, plan_tiles
 
 log = logging.getLogger(__name__)
 
-Tick = Callable[[int, int], None]
-"""`tick(done, total)`: called once per tile; may raise to cancel."""
+Preview = Callable[[], Tensor]
+"""Returns the scaled latents `B C h w` as far as they are restored."""
+
+Tick = Callable[[int, int, "Preview | None"], None]
+"""`tick(done, total, preview)`: called once per tile; may raise to cancel. `preview` costs only when called."""
+
+Predict = Callable[[Tensor, Sequence[Tile]], Tensor]
+"""`predict(parts, tiles)`: eps for the latents of `tiles`, stacked along the batch, same shape."""
 
 
 class Networks(Protocol):
@@ -37,8 +43,14 @@ class Networks(Protocol):
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
         """Return scaled latents for `B 3 H W` in 0..1; `seed` draws from the posterior, None takes its mode."""
 
-    def predict(self, z: Tensor, t: int, condition: Any) -> Tensor:
-        """Return eps for latents `B C h w` at timestep t, same shape."""
+    def denoise(
+        self, z: Tensor, t: int, condition: Any, part: tuple[int, ...], body: Callable[[Predict], Tensor]
+    ) -> Tensor:
+        """Make the UNet ready for timestep t, return `body(predict)`.
+
+        `z` is the whole latent `B C h w`; `part` is the largest shape that `predict` will be given,
+        for memory estimates.
+        """
 
     def decode(self, z: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W`, nominally 0..1, unclamped."""
@@ -157,10 +169,10 @@ class _Progress:
         """Go back to `done` after a failed attempt; the next one has `extra` more tiles."""
         self.done, self.total = done, self.total + extra
 
-    def advance(self) -> None:
+    def advance(self, preview: Preview | None = None) -> None:
         self.done += 1
         if self.tick:
-            self.tick(self.done, self.total)
+            self.tick(self.done, self.total, preview)
 
 
 def _run_stage(
@@ -201,23 +213,27 @@ def _restore_or_none(
 
 
 def restore_latent(
-    z: Tensor, stage: Stage, tiles: TilePlan, options: UpscaleOptions, on_tile: Callable[[], None]
+    z: Tensor, stage: Stage, tiles: TilePlan, options: UpscaleOptions, on_tile: Callable[[Preview], None]
 ) -> Tensor:
     """One denoising step on a whole latent: predict eps tile by tile, blend, then z_H = p z + q eps.
 
     Blending eps equals blending z_H, because the step is linear (MultiDiffusion eq. 5; OMGSR).
     """
     networks, step = stage.networks, stage.step
-    condition = networks.condition(stage.prompt)
     z_in = step.start(z)
-    canvas = Canvas(tiles, options.window)
-    for batch in tiles.batches(options.tile_batch):
-        cuts = torch.cat([tile.cut(z_in) for tile in batch])
-        eps = networks.predict(cuts, step.t, condition)
-        for tile, value in zip(batch, eps.split(len(z)), strict=True):
-            canvas.add(tile, value)
-            on_tile()
-    return step.finish(z_in, canvas.result())
+
+    def blend(predict: Predict) -> Tensor:
+        canvas = Canvas(tiles, options.window)
+        for batch in tiles.batches(options.tile_batch):
+            eps = predict(torch.cat([tile.cut(z_in) for tile in batch]), batch)
+            for tile, value in zip(batch, eps.split(len(z)), strict=True):
+                canvas.add(tile, value)
+                on_tile(lambda: step.finish(z_in, canvas.result()))
+        return canvas.result()
+
+    part = (len(z) * min(options.tile_batch, len(tiles)), z.shape[1], tiles.tile_height, tiles.tile_width)
+    condition = networks.condition(stage.prompt)
+    return step.finish(z_in, networks.denoise(z_in, step.t, condition, part, blend))
 
 
 def _smaller_tiles(options: UpscaleOptions, tiles: TilePlan, facts: NetworkFacts) -> tuple[UpscaleOptions, TilePlan]:

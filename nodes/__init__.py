@@ -1,0 +1,42 @@
+"""The list of node classes: the pack's table of contents for ComfyUI."""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger(__name__)
+
+
+def load_extension():
+    """Return the ComfyExtension; a failure is logged with its traceback, which ComfyUI omits."""
+    try:
+        from comfy_api.latest import ComfyExtension
+
+        from .images import ColorFix
+        from .loaders import LoadAdapter, LoadEmbedded
+        from .tiles import MultiDiffusion
+        from .upscale import OneStepLatent, OneStepSigmas, Plan, StageOne, StageTwo, Upscale
+    except Exception:
+        log.exception("comfyui-tudsr could not be loaded")
+        raise
+
+    nodes = [
+        LoadEmbedded,
+        LoadAdapter,
+        Upscale,
+        StageOne,
+        StageTwo,
+        Plan,
+        OneStepSigmas,
+        OneStepLatent,
+        MultiDiffusion,
+        ColorFix,
+    ]
+
+    class TUDSRExtension(ComfyExtension):
+        """Gives ComfyUI the node classes."""
+
+        async def get_node_list(self):
+            return nodes
+
+    return TUDSRExtension()

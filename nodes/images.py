@@ -1,0 +1,44 @@
+"""Picture nodes: colour fix."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..tudsr_core.color import COLOR_FIXES, match_color
+from ..tudsr_core.image import resize
+from ..tudsr_core.pipeline import UpscaleOptions
+from .tiles import CATEGORY
+
+
+class ColorFix(io.ComfyNode):
+    """Give a picture the colours of its source."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSRColorFix",
+            display_name="Colour Fix",
+            category=CATEGORY,
+            description="Gives an upscaled picture the colours of the picture it came from; works in float.",
+            inputs=[
+                io.Image.Input("image", tooltip="The upscaled picture."),
+                io.Image.Input("source", tooltip="The picture before upscaling; it is resized to fit."),
+                io.Combo.Input(
+                    "method",
+                    options=list(COLOR_FIXES),
+                    default=UpscaleOptions().color_fix,
+                    tooltip="wavelet: keep detail, take all low frequencies from the source (safest). "
+                    "adain: match mean and contrast of each channel. none: only clamp.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image")],
+        )
+
+    @classmethod
+    def execute(cls, image, source, method) -> io.NodeOutput:
+        if len(source) not in (1, len(image)):
+            raise ValueError(f"{len(image)} pictures but {len(source)} sources; give one source or one for each")
+        pixels = image[..., :3].movedim(-1, 1).float()
+        wanted = source[..., :3].movedim(-1, 1).float().expand(len(pixels), -1, -1, -1)
+        fixed = match_color(pixels, resize(wanted, tuple(pixels.shape[-2:])), method)
+        return io.NodeOutput(fixed.movedim(1, -1))

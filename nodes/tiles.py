@@ -1,0 +1,160 @@
+"""MultiDiffusion for any MODEL and any sampler: each step predicts overlapping tiles and blends them."""
+
+from __future__ import annotations
+
+import comfy.patcher_extension
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..tudsr_core.pipeline import UpscaleOptions
+from ..tudsr_core.tiles import Canvas, TilePlan, Window, plan_tiles
+from .backend import estimate_memory_for
+from .conds import HintCache, crop_conds, is_spatial
+
+KEY = "tudsr_multidiffusion"
+CATEGORY = "image/upscaling/TUDSR"
+DEFAULTS = UpscaleOptions()
+
+
+class TiledPrediction:
+    """A CALC_COND_BATCH wrapper: tiles instead of the whole latent, blended with normalised weights.
+
+    MultiDiffusion (Bar-Tal et al. 2023, eq. 5): the weighted least-squares agreement of all tiles.
+    With `jitter`, the grid is shifted by a different offset each step (seeded by the step's noise
+    level), which moves what is left of seams around.
+    """
+
+    def __init__(self, tile: int, overlap: int, batch: int, window: Window, jitter: bool) -> None:
+        self.tile, self.overlap, self.batch, self.window, self.jitter = tile, overlap, batch, window, jitter
+        self.hints: HintCache = {}
+
+    def run(self, executor, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: what is kept per tile lives as long as one run."""
+        self.hints.clear()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self.hints.clear()
+
+    def __call__(self, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
+        plan = plan_tiles(x_in.shape[-2], x_in.shape[-1], self.tile, self.overlap)
+        if x_in.ndim != 4 or len(plan) == 1:
+            return executor(model, conds, x_in, timestep, model_options)
+        if self.jitter:
+            plan = self._shifted(plan, float(timestep[0]))
+        spatial = is_spatial(conds)
+        canvases = [Canvas(plan, self.window) for _ in conds]
+        for tiles in plan.batches(1 if spatial else self.batch):
+            parts = torch.cat([tile.cut(x_in) for tile in tiles])
+            cut = [crop_conds(entries, tiles[0], x_in.shape, self.hints) for entries in conds] if spatial else conds
+            results = executor(model, cut, parts, timestep.repeat(len(tiles)), model_options)
+            for canvas, result in zip(canvases, results, strict=True):
+                for tile, value in zip(tiles, result.chunk(len(tiles)), strict=True):
+                    canvas.add(tile, value)
+        return [canvas.result().to(x_in.dtype) for canvas in canvases]
+
+    def _shifted(self, plan: TilePlan, sigma: float) -> TilePlan:
+        """Move all inner tiles by one offset that keeps every point covered; the outer ones stay flush."""
+        generator = torch.Generator().manual_seed(int(sigma * 1e6) & 0x7FFFFFFF)
+
+        def shift(offsets: tuple[int, ...], side: int) -> tuple[int, ...]:
+            if len(offsets) < 3:
+                return offsets
+            gaps = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+            room = side - max(gaps)
+            move = int(torch.randint(-room, room + 1, (1,), generator=generator)) if room else 0
+            return (offsets[0], *(offset + move for offset in offsets[1:-1]), offsets[-1])
+
+        return TilePlan(
+            plan.height,
+            plan.width,
+            plan.tile_height,
+            plan.tile_width,
+            plan.overlap,
+            shift(plan.tops, plan.tile_height),
+            shift(plan.lefts, plan.tile_width),
+        )
+
+
+def tile_inputs(defaults: UpscaleOptions = DEFAULTS) -> list:
+    """Return the inputs tile, overlap, tile batch and window, with the core's defaults."""
+    return [
+        io.Int.Input(
+            "tile",
+            default=defaults.tile_px,
+            min=64,
+            max=4096,
+            step=64,
+            tooltip="Side of a tile in output pixels. Raise it for fewer, slower tiles and wider context; "
+            "lower it when memory runs out. Models trained at 512 px are best at 512.",
+        ),
+        io.Int.Input(
+            "overlap",
+            default=defaults.overlap_px,
+            min=0,
+            max=2048,
+            step=8,
+            tooltip="Overlap of neighbouring tiles in output pixels. Raise it if you see a grid; "
+            "lower it for speed. A quarter of the tile is a good start.",
+        ),
+        io.Int.Input(
+            "tile_batch",
+            default=defaults.tile_batch,
+            min=1,
+            max=64,
+            tooltip="Tiles computed at once. Raise it on a large GPU for speed; lower it when memory runs out. "
+            "The picture does not depend on it.",
+        ),
+        io.Combo.Input(
+            "window",
+            options=["gaussian", "uniform", "published"],
+            default=defaults.window,
+            tooltip="How overlapping tiles are weighted: gaussian is smooth, uniform is the plain average, "
+            "published reproduces the off-centre window of OMGSR and OSEDiff.",
+        ),
+    ]
+
+
+class MultiDiffusion(io.ComfyNode):
+    """MODEL to MODEL: every step of any sampler in overlapping tiles."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        tile, overlap, tile_batch, window = tile_inputs()
+        window.default = "uniform"
+        return io.Schema(
+            node_id="TUDSRMultiDiffusion",
+            display_name="MultiDiffusion (Tiled)",
+            category=CATEGORY,
+            description="Makes any sampler work in overlapping tiles, so that pictures of any size fit in memory "
+            "and are drawn at the model's native size. Areas, masks and ControlNet hints are cut per tile.",
+            inputs=[
+                io.Model.Input("model", tooltip="Any Stable Diffusion model."),
+                tile,
+                overlap,
+                tile_batch,
+                window,
+                io.Boolean.Input(
+                    "jitter",
+                    default=False,
+                    tooltip="Shift the grid a little at every step. Turn it on if many steps leave a visible grid.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )
+
+    @classmethod
+    def execute(cls, model, tile, overlap, tile_batch, window, jitter) -> io.NodeOutput:
+        if overlap >= tile:
+            raise ValueError(f"overlap {overlap} must be smaller than the tile ({tile}); try {tile // 4}")
+        scale = 8
+        tiled = TiledPrediction(tile // scale, overlap // scale, tile_batch, window, jitter)
+        clone = model.clone()
+        wrappers = comfy.patcher_extension.WrappersMP
+        for kind, wrapper in ((wrappers.CALC_COND_BATCH, tiled), (wrappers.OUTER_SAMPLE, tiled.run)):
+            clone.remove_wrappers_with_key(kind, KEY)
+            clone.add_wrapper_with_key(kind, KEY, wrapper)
+        channels = clone.model.latent_format.latent_channels
+        estimate_memory_for(clone, KEY, (tile_batch, channels, tile // scale, tile // scale))
+        return io.NodeOutput(clone)

@@ -1,0 +1,342 @@
+"""The upscalers: stage one, stage two, both together, the plan, and the parts for stock samplers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..tudsr_core.color import COLOR_FIXES
+from ..tudsr_core.image import resize
+from ..tudsr_core.pipeline import UpscaleOptions, plan_for, upscale
+from ..tudsr_core.plan import StageLimits, Target, UpscalePlan
+from ..tudsr_core.schedule import comfy_start_scale, from_noise_level, scaled_linear
+from .backend import Progress, build_stage, combine, facts_of
+from .tiles import CATEGORY, DEFAULTS, tile_inputs
+
+MODEL_TIP = "MODEL of stage {}: from Load Embedded TUDSR Model, or SD2.1-base through Load TUDSR Adapter."
+
+
+def shared_inputs() -> list:
+    """Return the options that all upscalers have, after their own inputs."""
+    return [
+        *tile_inputs(),
+        io.Combo.Input(
+            "color_fix",
+            options=list(COLOR_FIXES),
+            default=DEFAULTS.color_fix,
+            tooltip="How colours follow the input. wavelet is safest; none shows the bare model.",
+        ),
+        io.Boolean.Input(
+            "sample_posterior",
+            default=DEFAULTS.sample_posterior,
+            tooltip="Draw the latent at random, as the papers' scripts do, instead of taking its mode. "
+            "Only VAEs with a posterior (SD) change; leave it off for repeatable pictures.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=DEFAULTS.seed,
+            min=0,
+            max=2**31 - 1,
+            tooltip="Seed of that draw; without it, the picture does not depend on the seed.",
+        ),
+        io.Mask.Input(
+            "mask", optional=True, tooltip="Transparency of the picture, as Load Image gives it; comes out enlarged."
+        ),
+    ]
+
+
+def timestep_input(trained: int) -> io.Int.Input:
+    """Return the timestep widget; 0 means the adapter's own."""
+    return io.Int.Input(
+        "timestep",
+        default=0,
+        min=0,
+        max=999,
+        tooltip=f"Timestep of the one step. 0: as the adapter says, else {trained} (TUDSR). "
+        "Change it only for adapters trained at another one (OMGSR: 273).",
+    )
+
+
+def conditioning_input() -> io.Conditioning.Input:
+    """Return the text input that every stage needs."""
+    return io.Conditioning.Input(
+        "conditioning", tooltip="The prompt the adapter was trained with; for TUDSR and OMGSR the empty prompt."
+    )
+
+
+def outputs() -> list:
+    """Return picture and mask."""
+    return [io.Image.Output(display_name="image"), io.Mask.Output(display_name="mask")]
+
+
+def options_from(values: dict) -> UpscaleOptions:
+    """Build the core's options from the shared widgets."""
+    return UpscaleOptions(
+        tile_px=values["tile"],
+        overlap_px=values["overlap"],
+        tile_batch=values["tile_batch"],
+        window=values["window"],
+        color_fix=values["color_fix"],
+        sample_posterior=values["sample_posterior"],
+        seed=values["seed"],
+    )
+
+
+def run(image: Tensor, mask: Tensor | None, model, target: Target, options: UpscaleOptions) -> io.NodeOutput:
+    """Call the core on `B H W C` and an optional mask, return IMAGE and MASK."""
+    pixels = image.movedim(-1, 1).float()
+    if mask is not None and pixels.shape[1] == 3:
+        pixels = torch.cat([pixels, 1 - _fit_mask(mask, pixels)], 1)
+    result = upscale(pixels, model, target, options, Progress(model.first.networks.model)).movedim(1, -1)
+    alpha = 1 - result[..., 3] if result.shape[-1] == 4 else torch.zeros(result.shape[:3])
+    return io.NodeOutput(result[..., :3], alpha)
+
+
+def _fit_mask(mask: Tensor, pixels: Tensor) -> Tensor:
+    """Return `B 1 H W`; Load Image gives an empty 64 x 64 mask for pictures without alpha."""
+    size = tuple(pixels.shape[-2:])
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if tuple(mask.shape[-2:]) != size:
+        mask = resize(mask, size).clamp(0, 1)
+    return mask.expand(len(pixels), -1, -1, -1)
+
+
+def target_from(scale: float, width: int, height: int) -> Target:
+    """Return the target: a width or height above 0 wins over the factor."""
+    return Target(width=width or None, height=height or None) if width or height else Target(scale=scale)
+
+
+def target_inputs() -> list:
+    """Return factor, width and height."""
+    return [
+        io.Float.Input(
+            "scale", default=4.0, min=1.0, max=64.0, step=0.5, tooltip="Enlarge by this factor; any number works."
+        ),
+        io.Int.Input("width", default=0, min=0, max=65536, tooltip="Enlarge to this width instead; 0: use the scale."),
+        io.Int.Input(
+            "height", default=0, min=0, max=65536, tooltip="Enlarge to this height instead; 0: use the scale."
+        ),
+    ]
+
+
+class Upscale(io.ComfyNode):
+    """Both stages, any factor or size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSRUpscale",
+            display_name="TUDSR Upscale",
+            category=CATEGORY,
+            description="Enlarges pictures in two one-step diffusion stages (x8 = 4 x 2). Any factor, any size, "
+            "any number of pictures; transparency is kept.",
+            inputs=[
+                io.Image.Input("image", tooltip="One or more pictures."),
+                io.Model.Input("stage_one", tooltip=MODEL_TIP.format("one")),
+                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                conditioning_input(),
+                *target_inputs(),
+                *shared_inputs(),
+                io.Model.Input("stage_two", optional=True, tooltip=MODEL_TIP.format("two") + " Needed above x3 or x4."),
+            ],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def execute(
+        cls, image, stage_one, vae, conditioning, scale, width, height, stage_two=None, mask=None, **options
+    ) -> io.NodeOutput:
+        first = build_stage(stage_one, vae, conditioning, 1, 0)
+        second = build_stage(stage_two, vae, conditioning, 2, 0) if stage_two is not None else None
+        return run(image, mask, combine(first, second), target_from(scale, width, height), options_from(options))
+
+
+def _single(image, model, vae, conditioning, factor, timestep, number, mask, options) -> io.NodeOutput:
+    stage = build_stage(model, vae, conditioning, number, timestep)
+    alone = combine(stage, None, StageLimits(first_max=factor, single_up_to=factor))
+    return run(image, mask, alone, Target(scale=factor), options_from(options))
+
+
+class StageOne(io.ComfyNode):
+    """Stage one alone: enlarge by M, one step at t = 200."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSRStageOne",
+            display_name="TUDSR Stage One",
+            category=CATEGORY,
+            description="The first stage: bicubic enlargement and one diffusion step at a large timestep.",
+            inputs=[
+                io.Image.Input("image", tooltip="One or more pictures."),
+                io.Model.Input("model", tooltip=MODEL_TIP.format("one")),
+                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                conditioning_input(),
+                io.Float.Input(
+                    "factor",
+                    default=4.0,
+                    min=1.0,
+                    max=8.0,
+                    step=0.5,
+                    tooltip="Factor M of this stage; 2 to 4 as trained.",
+                ),
+                timestep_input(200),
+                *shared_inputs(),
+            ],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def execute(cls, image, model, vae, conditioning, factor, timestep, mask=None, **options) -> io.NodeOutput:
+        return _single(image, model, vae, conditioning, factor, timestep, 1, mask, options)
+
+
+class StageTwo(io.ComfyNode):
+    """Stage two alone, on stage one's output: enlarge by N, one step at t = 50."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSRStageTwo",
+            display_name="TUDSR Stage Two",
+            category=CATEGORY,
+            description="The second stage: enlarges stage one's result once more, with one small diffusion step. "
+            "It is trained on stage one's pictures and does little on others.",
+            inputs=[
+                io.Image.Input("image", tooltip="The result of TUDSR Stage One (colour fix none)."),
+                io.Model.Input("model", tooltip=MODEL_TIP.format("two")),
+                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                conditioning_input(),
+                io.Float.Input("factor", default=2.0, min=1.0, max=4.0, step=0.5, tooltip="Factor N; 2 as trained."),
+                timestep_input(50),
+                *shared_inputs(),
+            ],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def execute(cls, image, model, vae, conditioning, factor, timestep, mask=None, **options) -> io.NodeOutput:
+        return _single(image, model, vae, conditioning, factor, timestep, 2, mask, options)
+
+
+class Plan(io.ComfyNode):
+    """What an upscale will do, before it runs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        tile, overlap, tile_batch, _ = tile_inputs()
+        return io.Schema(
+            node_id="TUDSRPlan",
+            display_name="TUDSR Plan",
+            category=CATEGORY,
+            description="Shows stages, sizes, tiles, network calls and memory of an upscale, as text and as a "
+            "numbered grid over the picture. Nothing is computed.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to be enlarged."),
+                io.Model.Input("stage_one", tooltip=MODEL_TIP.format("one")),
+                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                *target_inputs(),
+                tile,
+                overlap,
+                tile_batch,
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="The picture with the last stage's tiles."),
+                io.String.Output(display_name="text"),
+                io.Int.Output(display_name="calls", tooltip="Number of network evaluations for one picture."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image, stage_one, vae, scale, width, height, tile, overlap, tile_batch) -> io.NodeOutput:
+        stage = build_stage(stage_one, vae, [], 1, 0)
+        options = replace(DEFAULTS, tile_px=tile, overlap_px=overlap, tile_batch=tile_batch)
+        model = combine(stage, stage)
+        plan = plan_for(model, tuple(image.shape[1:3]), target_from(scale, width, height), options)
+        text = "\n".join(plan.describe())
+        return io.NodeOutput(draw_grid(image[:1], plan), text, plan.calls, ui=ui.PreviewText(text))
+
+
+def draw_grid(image: Tensor, plan: UpscalePlan, longest: int = 1024) -> Tensor:
+    """Return the picture `1 h w 3` with the last stage's tiles outlined and numbered."""
+    part = plan.stages[-1]
+    unit = part.padded[0] / part.tiles.height
+    zoom = min(1.0, longest / max(part.size))
+    size = tuple(max(1, round(side * zoom)) for side in part.size)
+    pixels = resize(image[..., :3].movedim(-1, 1).float(), size).clamp(0, 1)
+    picture = Image.fromarray((pixels[0].movedim(0, -1) * 255).round().byte().numpy())
+    draw = ImageDraw.Draw(picture, "RGBA")
+    font = ImageFont.load_default(max(10, round(24 * zoom * part.tiles.tile_width * unit / 512)))
+    for tile in part.tiles:
+        box = [value * unit * zoom for value in (tile.left, tile.top, tile.left + tile.width, tile.top + tile.height)]
+        hue = (255, 190, 60) if (tile.index // len(part.tiles.lefts) + tile.index) % 2 else (90, 200, 255)
+        inset = [box[0] + 2, box[1] + 2, min(box[2], size[1]) - 3, min(box[3], size[0]) - 3]
+        if inset[2] > inset[0] and inset[3] > inset[1]:
+            draw.rectangle(inset, outline=(*hue, 230), width=2, fill=(*hue, 22))
+            center = (inset[0] + inset[2]) / 2, (inset[1] + inset[3]) / 2
+            draw.text(
+                center, str(tile.index + 1), fill=(255, 255, 255), font=font, anchor="mm", stroke_width=2, stroke_fill=0
+            )
+    import numpy as np
+
+    return torch.from_numpy(np.array(picture))[None].float() / 255
+
+
+class OneStepSigmas(io.ComfyNode):
+    """SIGMAS of a one-step stage for SamplerCustom."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSROneStepSigmas",
+            display_name="One-Step Sigmas",
+            category=CATEGORY,
+            description="Sigmas for one step from a timestep to zero. With One-Step Latent, the euler sampler and "
+            "no added noise, stock SamplerCustom does a TUDSR stage.",
+            inputs=[
+                io.Model.Input("model", tooltip="The stage's MODEL; its adapter may carry the timestep."),
+                timestep_input(200),
+            ],
+            outputs=[io.Sigmas.Output(display_name="sigmas")],
+        )
+
+    @classmethod
+    def execute(cls, model, timestep) -> io.NodeOutput:
+        return io.NodeOutput(torch.tensor([scaled_linear().sigma_at(_timestep(model, timestep)), 0.0]))
+
+
+class OneStepLatent(io.ComfyNode):
+    """Scale a latent so that stock samplers treat it as already noisy."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSROneStepLatent",
+            display_name="One-Step Latent",
+            category=CATEGORY,
+            description="Multiplies an encoded latent by sqrt(1 + sigma^2), so that a stock sampler started at "
+            "One-Step Sigmas gives the network the latent itself.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="From VAE Encode of the enlarged picture."),
+                io.Model.Input("model", tooltip="The stage's MODEL; its adapter may carry the timestep."),
+                timestep_input(200),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+        )
+
+    @classmethod
+    def execute(cls, latent, model, timestep) -> io.NodeOutput:
+        factor = comfy_start_scale(_timestep(model, timestep))
+        return io.NodeOutput({**latent, "samples": latent["samples"] * factor})
+
+
+def _timestep(model, timestep: int) -> int:
+    facts = facts_of(model)
+    if timestep:
+        return from_noise_level(timestep).t
+    return facts.step.t if facts and facts.step else 200
