@@ -14,8 +14,10 @@ def load_extension():
 
         from .images import ColorFix
         from .loaders import LoadAdapter, LoadEmbedded
+        from .one_step import OneStepLatent, OneStepSigmas
+        from .plan import Plan
         from .tiles import MultiDiffusion
-        from .upscale import OneStepLatent, OneStepSigmas, Plan, StageOne, StageTwo, Upscale
+        from .upscale import StageOne, StageTwo, Upscale
     except Exception:
         log.exception("comfyui-tudsr could not be loaded")
         raise

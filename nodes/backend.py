@@ -1,14 +1,13 @@
 """ComfyUI's MODEL, VAE and CONDITIONING seen through the core's `Networks` protocol.
 
 Loading, offload, dtype, patches, wrappers and interrupts are ComfyUI's; only the translation is
-here. Also: what a stage adapter says of itself, carried on the MODEL, and the progress bar.
+here, and the progress bar.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -20,79 +19,15 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ..tudsr_core.pipeline import Model, Predict, Preview, Stage
-from ..tudsr_core.plan import NetworkFacts, StageLimits
-from ..tudsr_core.schedule import OneStep, from_noise_level, scaled_linear
+from ..tudsr_core.pipeline import Predict, Preview
+from ..tudsr_core.plan import NetworkFacts
 from ..tudsr_core.tiles import Tile
 from ..tudsr_core.vae_tiling import Reach, count_tiles, measure_reach, run_tiled
 from .conds import crop_conds, is_spatial
 
-STAGE_KEY = "tudsr_stage"
 VAE_TILE_PX = 512
 PREVIEW_SECONDS = 0.5
 MULTIPLE = 8
-
-
-@dataclass(frozen=True)
-class StageFacts:
-    """What an adapter says of itself; travels on the MODEL as an attachment."""
-
-    name: str
-    stage: int | None = None
-    step: OneStep | None = None
-    limits: StageLimits = field(default_factory=StageLimits)
-
-
-def attach(model: Any, facts: StageFacts) -> Any:
-    """Return a clone of `model` that carries `facts`."""
-    clone = model.clone()
-    clone.set_attachments(STAGE_KEY, facts)
-    return clone
-
-
-def facts_of(model: Any) -> StageFacts | None:
-    """Return what `attach` put on `model`, or None."""
-    return model.get_attachment(STAGE_KEY)
-
-
-def build_stage(model: Any, vae: Any, conditioning: list, number: int, timestep: int) -> Stage:
-    """Return stage `number` over ComfyUI's objects; `timestep` 0 takes the adapter's own (or 200 / 50).
-
-    Raises ValueError for an adapter of the other stage, and for models that do not predict eps on
-    Stable Diffusion's schedule.
-    """
-    facts = facts_of(model)
-    if facts and facts.stage not in (None, number):
-        raise ValueError(
-            f"{facts.name!r} is a stage-{_word(facts.stage)} adapter, but it is connected as stage {_word(number)}; "
-            "swap the two MODEL inputs"
-        )
-    if timestep:
-        step = from_noise_level(timestep)
-    else:
-        step = (facts.step if facts else None) or from_noise_level(200 if number == 1 else 50)
-    _check_model(model, step)
-    return Stage(ComfyNetworks(model, vae, conditioning), step, f"stage {_word(number)}")
-
-
-def _word(number: int) -> str:
-    return {1: "one", 2: "two"}[number]
-
-
-def _check_model(model: Any, step: OneStep) -> None:
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.V_PREDICTION):
-        raise ValueError(
-            "this MODEL does not predict noise (eps), so a one-step adapter cannot work on it; "
-            "load SD2.1-base (512 px, v2-1_512-ema-pruned), not SD2.1 768-v"
-        )
-    theirs = float(sampling.sigma(torch.tensor([step.t])))
-    ours = scaled_linear().sigma_at(step.t)
-    if abs(theirs / ours - 1) > 1e-3:
-        raise ValueError(
-            f"this MODEL has sigma {theirs:.4f} at timestep {step.t}, not Stable Diffusion's {ours:.4f}; "
-            "remove nodes that change its noise schedule, or load SD2.1-base"
-        )
 
 
 class ComfyNetworks:
@@ -109,13 +44,15 @@ class ComfyNetworks:
         channels = self.model.model.latent_format.latent_channels
         side = 64
         activations = self.model.model.memory_required([1, channels, side, side]) / (side * self.latent_scale) ** 2
-        shape = (1, 3, 512, 512)
-        vae_bytes = self.vae.memory_used_encode(shape, self.vae.vae_dtype) / 512**2
+        latent = (1, self.vae.latent_channels, side, side)
+        vae_bytes = self.vae.memory_used_decode(latent, self.vae.vae_dtype) / (side * self.latent_scale) ** 2
+        tiled = all(self.reaches)
         return NetworkFacts(
             latent_scale=self.latent_scale,
             multiple=max(MULTIPLE, self.latent_scale),
             weight_bytes=self.model.model_size() + self.vae.patcher.model_size(),
-            tile_bytes_per_pixel=int(max(activations, vae_bytes)),
+            tile_bytes_per_pixel=int(max(activations, vae_bytes if tiled else 0)),
+            picture_bytes_per_pixel=0 if tiled else int(vae_bytes),
         )
 
     @property
@@ -247,14 +184,6 @@ def estimate_memory_for(model: Any, key: str, part: tuple[int, ...]) -> None:
         return executor(patcher, list(part), conds, *args, **kwargs)
 
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, key, prepare)
-
-
-def combine(first: Stage, second: Stage | None, limits: StageLimits | None = None) -> Model:
-    """Return the core's model; limits come from stage one's adapter unless given."""
-    if limits is None:
-        facts = facts_of(first.networks.model)
-        limits = facts.limits if facts else StageLimits()
-    return Model(first, second, limits)
 
 
 class Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import comfy.diffusers_convert
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
@@ -12,8 +13,8 @@ import torch
 from comfy_api.latest import io
 
 from ..tudsr_core.checkpoints import Adapter, CheckpointError, Low, embedded_path, read_adapter, read_model
-from .backend import StageFacts, attach
 from .embedded import UNET_PREFIX, build_model, build_vae
+from .stages import StageFacts, attach
 from .tiles import CATEGORY
 
 FOLDER = "tudsr"
@@ -55,8 +56,8 @@ def find_adapter(name: str) -> Path:
             return path
     where = ", ".join(folder_paths.get_folder_paths(FOLDER))
     raise CheckpointError(
-        f"adapter {name!r} was not found in {where}; put the .safetensors file, or the folder with "
-        "unet_lora_adapter/ inside, there and press R to refresh"
+        f"adapter {name!r} was not found in {where}; get it from its authors' page and put the .safetensors "
+        "file, or the folder with unet_lora_adapter/ inside, there, then press R to refresh"
     )
 
 
@@ -106,25 +107,15 @@ def unet_keys(model) -> dict[str, str]:
     }
 
 
-def encoder_keys(vae) -> dict[str, str]:
-    """Return `{diffusers path below the encoder: weight key}` for a ComfyUI AutoencoderKL."""
-    from comfy.diffusers_convert import vae_conversion_map, vae_conversion_map_attn
+def encoder_keys(vae, paths: list[str]) -> dict[str, str]:
+    """Return `{diffusers path below the encoder: weight key}` for those of `paths` that `vae` has.
 
-    keys = {}
-    for key in vae.first_stage_model.state_dict():
-        if not key.startswith("encoder.") or not key.endswith(".weight"):
-            continue
-        name = key.removesuffix(".weight")
-        if ".attn_1." in name:
-            for ours, theirs in vae_conversion_map_attn:
-                head, _, tail = name.rpartition("attn_1.")
-                if f"{tail}." == ours:
-                    name = f"{head}attn_1.{theirs.rstrip('.')}"
-                    break
-        for ours, theirs in vae_conversion_map:
-            name = f"{name}.".replace(ours, theirs).rstrip(".")
-        keys[name.removeprefix("encoder.").replace(".to_out.0", ".to_out.0")] = key
-    return keys
+    ComfyUI's own renaming is asked: each name goes in with its number and comes out as a key.
+    """
+    numbered = {f"encoder.{path}.weight": torch.tensor([float(i)]) for i, path in enumerate(paths)}
+    present = vae.first_stage_model.state_dict()
+    renamed = comfy.diffusers_convert.convert_vae_state_dict(numbered)
+    return {paths[int(number.flatten()[0])]: key for key, number in renamed.items() if key in present}
 
 
 class LoadEmbedded(io.ComfyNode):
@@ -196,16 +187,21 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, adapter) -> bool | str:
+        try:
+            find_adapter(adapter)
+        except CheckpointError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, adapter, **_) -> str:
-        path = find_adapter(adapter) if adapter != NOTHING else None
-        files = [path] if path and path.is_file() else sorted(path.rglob("*")) if path else []
+        path = find_adapter(adapter)
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
         return " ".join(f"{file}:{file.stat().st_mtime_ns}" for file in files)
 
     @classmethod
     def execute(cls, model, adapter, stage, strength, vae=None) -> io.NodeOutput:
-        if adapter == NOTHING:
-            where = ", ".join(folder_paths.get_folder_paths(FOLDER))
-            raise CheckpointError(f"no adapter is installed; put one into {where} and press R to refresh")
         loaded = read_adapter(find_adapter(adapter))
         number = {"from file": loaded.stage, "one": 1, "two": 2}[stage]
         if loaded.stage not in (None, number):
@@ -227,6 +223,8 @@ def _patch_encoder(vae, loaded: Adapter, name: str, strength: float):
     if vae is None:
         raise CheckpointError(f"adapter {name!r} also changes the VAE encoder; connect the VAE to this node")
     result = copy.copy(vae)
-    patches = as_patches(_scaled(loaded.encoder, strength), encoder_keys(vae), name, "VAE encoder")
+    patches = as_patches(
+        _scaled(loaded.encoder, strength), encoder_keys(vae, list(loaded.encoder)), name, "VAE encoder"
+    )
     result.patcher = patch(vae.patcher, patches, name)
     return result

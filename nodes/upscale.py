@@ -1,20 +1,17 @@
-"""The upscalers: stage one, stage two, both together, the plan, and the parts for stock samplers."""
+"""The upscalers: stage one, stage two, and both together."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from comfy_api.latest import io, ui
-from PIL import Image, ImageDraw, ImageFont
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..tudsr_core.color import COLOR_FIXES
 from ..tudsr_core.image import resize
-from ..tudsr_core.pipeline import UpscaleOptions, plan_for, upscale
-from ..tudsr_core.plan import StageLimits, Target, UpscalePlan
-from ..tudsr_core.schedule import comfy_start_scale, from_noise_level, scaled_linear
-from .backend import Progress, build_stage, combine, facts_of
+from ..tudsr_core.pipeline import UpscaleOptions, upscale
+from ..tudsr_core.plan import StageLimits, Target
+from .backend import Progress
+from .stages import build_stage, combine
 from .tiles import CATEGORY, DEFAULTS, tile_inputs
 
 MODEL_TIP = "MODEL of stage {}: from Load Embedded TUDSR Model, or SD2.1-base through Load TUDSR Adapter."
@@ -221,122 +218,3 @@ class StageTwo(io.ComfyNode):
     @classmethod
     def execute(cls, image, model, vae, conditioning, factor, timestep, mask=None, **options) -> io.NodeOutput:
         return _single(image, model, vae, conditioning, factor, timestep, 2, mask, options)
-
-
-class Plan(io.ComfyNode):
-    """What an upscale will do, before it runs."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        tile, overlap, tile_batch, _ = tile_inputs()
-        return io.Schema(
-            node_id="TUDSRPlan",
-            display_name="TUDSR Plan",
-            category=CATEGORY,
-            description="Shows stages, sizes, tiles, network calls and memory of an upscale, as text and as a "
-            "numbered grid over the picture. Nothing is computed.",
-            inputs=[
-                io.Image.Input("image", tooltip="The picture to be enlarged."),
-                io.Model.Input("stage_one", tooltip=MODEL_TIP.format("one")),
-                io.Vae.Input("vae", tooltip="The VAE of the model."),
-                *target_inputs(),
-                tile,
-                overlap,
-                tile_batch,
-            ],
-            outputs=[
-                io.Image.Output(display_name="grid", tooltip="The picture with the last stage's tiles."),
-                io.String.Output(display_name="text"),
-                io.Int.Output(display_name="calls", tooltip="Number of network evaluations for one picture."),
-            ],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, image, stage_one, vae, scale, width, height, tile, overlap, tile_batch) -> io.NodeOutput:
-        stage = build_stage(stage_one, vae, [], 1, 0)
-        options = replace(DEFAULTS, tile_px=tile, overlap_px=overlap, tile_batch=tile_batch)
-        model = combine(stage, stage)
-        plan = plan_for(model, tuple(image.shape[1:3]), target_from(scale, width, height), options)
-        text = "\n".join(plan.describe())
-        return io.NodeOutput(draw_grid(image[:1], plan), text, plan.calls, ui=ui.PreviewText(text))
-
-
-def draw_grid(image: Tensor, plan: UpscalePlan, longest: int = 1024) -> Tensor:
-    """Return the picture `1 h w 3` with the last stage's tiles outlined and numbered."""
-    part = plan.stages[-1]
-    unit = part.padded[0] / part.tiles.height
-    zoom = min(1.0, longest / max(part.size))
-    size = tuple(max(1, round(side * zoom)) for side in part.size)
-    pixels = resize(image[..., :3].movedim(-1, 1).float(), size).clamp(0, 1)
-    picture = Image.fromarray((pixels[0].movedim(0, -1) * 255).round().byte().numpy())
-    draw = ImageDraw.Draw(picture, "RGBA")
-    font = ImageFont.load_default(max(10, round(24 * zoom * part.tiles.tile_width * unit / 512)))
-    for tile in part.tiles:
-        box = [value * unit * zoom for value in (tile.left, tile.top, tile.left + tile.width, tile.top + tile.height)]
-        hue = (255, 190, 60) if (tile.index // len(part.tiles.lefts) + tile.index) % 2 else (90, 200, 255)
-        inset = [box[0] + 2, box[1] + 2, min(box[2], size[1]) - 3, min(box[3], size[0]) - 3]
-        if inset[2] > inset[0] and inset[3] > inset[1]:
-            draw.rectangle(inset, outline=(*hue, 230), width=2, fill=(*hue, 22))
-            center = (inset[0] + inset[2]) / 2, (inset[1] + inset[3]) / 2
-            draw.text(
-                center, str(tile.index + 1), fill=(255, 255, 255), font=font, anchor="mm", stroke_width=2, stroke_fill=0
-            )
-    import numpy as np
-
-    return torch.from_numpy(np.array(picture))[None].float() / 255
-
-
-class OneStepSigmas(io.ComfyNode):
-    """SIGMAS of a one-step stage for SamplerCustom."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TUDSROneStepSigmas",
-            display_name="One-Step Sigmas",
-            category=CATEGORY,
-            description="Sigmas for one step from a timestep to zero. With One-Step Latent, the euler sampler and "
-            "no added noise, stock SamplerCustom does a TUDSR stage.",
-            inputs=[
-                io.Model.Input("model", tooltip="The stage's MODEL; its adapter may carry the timestep."),
-                timestep_input(200),
-            ],
-            outputs=[io.Sigmas.Output(display_name="sigmas")],
-        )
-
-    @classmethod
-    def execute(cls, model, timestep) -> io.NodeOutput:
-        return io.NodeOutput(torch.tensor([scaled_linear().sigma_at(_timestep(model, timestep)), 0.0]))
-
-
-class OneStepLatent(io.ComfyNode):
-    """Scale a latent so that stock samplers treat it as already noisy."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TUDSROneStepLatent",
-            display_name="One-Step Latent",
-            category=CATEGORY,
-            description="Multiplies an encoded latent by sqrt(1 + sigma^2), so that a stock sampler started at "
-            "One-Step Sigmas gives the network the latent itself.",
-            inputs=[
-                io.Latent.Input("latent", tooltip="From VAE Encode of the enlarged picture."),
-                io.Model.Input("model", tooltip="The stage's MODEL; its adapter may carry the timestep."),
-                timestep_input(200),
-            ],
-            outputs=[io.Latent.Output(display_name="latent")],
-        )
-
-    @classmethod
-    def execute(cls, latent, model, timestep) -> io.NodeOutput:
-        factor = comfy_start_scale(_timestep(model, timestep))
-        return io.NodeOutput({**latent, "samples": latent["samples"] * factor})
-
-
-def _timestep(model, timestep: int) -> int:
-    facts = facts_of(model)
-    if timestep:
-        return from_noise_level(timestep).t
-    return facts.step.t if facts and facts.step else 200

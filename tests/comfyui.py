@@ -85,7 +85,9 @@ class Server:
 
     def post(self, path: str, body: dict):
         """Return the JSON of a POST, also of a refusal."""
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 text = answer.read()

@@ -95,6 +95,12 @@ def test_plan_counts_calls_and_speaks_plainly():
     assert "stage 2: x2 to 2048 x 2048, 25 tiles of 512 x 512" in text
 
 
+def test_an_autoencoder_that_cannot_be_tiled_needs_memory_for_the_whole_picture():
+    whole = NetworkFacts(8, 64, 0, 1000, picture_bytes_per_pixel=4000)
+    plans = [plan_upscale((side, side), Target(scale=8), whole, StageLimits()) for side in (128, 256)]
+    assert [plan.device_bytes for plan in plans] == [1024**2 * 4000, 2048**2 * 4000]
+
+
 def test_device_memory_does_not_grow_with_the_picture():
     small, large = (plan_upscale((side, side), Target(scale=8), SD, StageLimits()) for side in (128, 1024))
     assert small.device_bytes == large.device_bytes

@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VAE_TILE_PX = 512
-# Peak activations per pixel of a 512 px tile, in float32: measured with bench/memory (README there).
-TILE_BYTES_PER_PIXEL = 1400
+# Peak activations per pixel in float32, measured as growth of the resident set at 512 x 512: the
+# embedded model's tile; SD2.1's UNet, and its VAE on the whole picture.
+LOCAL_TILE_BYTES, SD_TILE_BYTES, SD_PICTURE_BYTES = 600, 1100, 4400
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -115,11 +116,13 @@ class Backbone:
     def facts(self) -> NetworkFacts:
         """What planning must know."""
         weights = sum(p.numel() * p.element_size() for m in (self.vae, self.unet) for p in m.parameters())
+        tiled = all(self.reaches)
         return NetworkFacts(
             latent_scale=self.latent_scale,
             multiple=max(8, self.latent_scale),
             weight_bytes=weights,
-            tile_bytes_per_pixel=TILE_BYTES_PER_PIXEL * self.dtype.itemsize // 4,
+            tile_bytes_per_pixel=(LOCAL_TILE_BYTES if tiled else SD_TILE_BYTES) * self.dtype.itemsize // 4,
+            picture_bytes_per_pixel=0 if tiled else SD_PICTURE_BYTES * self.dtype.itemsize // 4,
         )
 
     @cached_property

@@ -103,14 +103,16 @@ class NetworkFacts:
     """What planning must know about a model: geometry, and memory measured once per pixel.
 
     `latent_scale`: pixels per latent. `multiple`: sides must be multiples of it, in pixels.
-    `weight_bytes`: all weights in memory. `tile_bytes_per_pixel`: peak activations of one tile,
-    per pixel of tile, of the hungriest network.
+    `weight_bytes`: all weights in memory. `tile_bytes_per_pixel`: peak activations of one tile, per
+    pixel of tile. `picture_bytes_per_pixel`: the same for an autoencoder that cannot be tiled and
+    sees the whole picture; 0 if it can.
     """
 
     latent_scale: int
     multiple: int
     weight_bytes: int
     tile_bytes_per_pixel: int
+    picture_bytes_per_pixel: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,12 @@ def plan_upscale(
         stages.append(_plan_stage(number, stage_factor, made, facts, tile_px, overlap_px))
     tile = max(s.tiles.tile_height * s.tiles.tile_width for s in stages) * facts.latent_scale**2
     pixels = max(stage.padded[0] * stage.padded[1] for stage in stages)
+    activations = max(tile * tile_batch * facts.tile_bytes_per_pixel, pixels * facts.picture_bytes_per_pixel)
     return UpscalePlan(
         source=source,
         size=size,
         stages=tuple(stages),
-        device_bytes=facts.weight_bytes + tile * tile_batch * facts.tile_bytes_per_pixel,
+        device_bytes=facts.weight_bytes + activations,
         host_bytes=pixels * BYTES_PER_OUTPUT_PIXEL,
     )
 

@@ -189,6 +189,14 @@ class Crops:
         return crop.clamp(0, 1)
 
 
+def draw_gradients(count: int, size: int, rng: np.random.Generator) -> Tensor:
+    """Return `count 3 size size` of smooth colour, saturated ones included: where a weave would show."""
+    coarse = torch.from_numpy(rng.random((count, 3, 3, 3), np.float32))
+    spread = torch.from_numpy(rng.random((count, 1, 1, 1), np.float32)) ** 2
+    flat = torch.from_numpy(rng.random((count, 3, 1, 1), np.float32))
+    return resize(flat + (coarse - flat) * spread, (size, size)).clamp(0, 1)
+
+
 def draw_pictures(count: int, seed: int, palettes: list[Tensor], size: int = 288) -> list[Tensor]:
     """Return `count` procedural pictures `3 size size`: leaves, text and regular patterns.
 

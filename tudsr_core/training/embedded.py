@@ -2,8 +2,8 @@
 
 A small relative of the real thing, of stock diffusers classes: AutoencoderDC (f = 4, 32 latents)
 and UNet2DConditionModel, eps prediction on SD's schedule. Phase one trains VAE and UNet as stage
-one at t = 200 (the backbone itself is stage one) and rehearses stage two at t = 50; phase two
-freezes both and trains LoRA-2 at t = 50 on stage one's outputs with the looped-chunk scheme
+one at t = 200 (the backbone itself is stage one) and rehearses stage two at t = 50, then polishes
+smooth colours; phase two freezes both and trains LoRA-2 at t = 50 on stage one's outputs with the looped-chunk scheme
 (TUDSR sec. 3.3: crop N x R, gradients accumulated over N^2 chunks of R before one step).
 """
 
@@ -130,16 +130,20 @@ def _loss(output: Tensor, target: Tensor, progress: float) -> Tensor:
     return F.mse_loss(output, target) * 12
 
 
-def train_backbone(crops: data.Crops, model: Restorer, steps: int, rate: float, report) -> Restorer:
+def train_backbone(
+    crops: data.Crops, model: Restorer, steps: int, rate: float, report, polish: bool = False
+) -> Restorer:
     """Phase one: VAE and UNet together; four steps in five are stage one, the fifth is stage two.
 
     Stage one sees x4 in seven steps of ten, and any factor from 1.5 to 4 in the others, so that
-    it does not overshoot when a plan asks for less than x4.
+    it does not overshoot when a plan asks for less than x4. `polish` goes on from a trained model:
+    squared error only, and smooth colours must come back smooth (pixel shuffling likes to weave).
     """
     size = (CHUNK, CHUNK)
-    both = nn.ModuleList([model.vae, model.unet]).train()
+    both = nn.ModuleList([model.vae, model.unet]).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(both.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average = Average(both, 0.998)
+    formulas = (STAGE_ONE, STAGE_TWO)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, steps, rate)
@@ -151,9 +155,13 @@ def train_backbone(crops: data.Crops, model: Restorer, steps: int, rate: float, 
         else:
             scale = 4 if crops.rng.random() < 0.7 else float(crops.rng.uniform(1.5, 4))
             output = model.stage_one(random_mild(sharp, scale, crops.rng), size)
-        loss = _loss(output, sharp, step / steps)
+        progress = 1.0 if polish else step / steps
+        loss = _loss(output, sharp, progress)
         if step % 2 == 0:
-            loss = loss + 0.3 * _loss(model.decode(model.encode(sharp[:4])), sharp[:4], step / steps)
+            loss = loss + 0.3 * _loss(model.decode(model.encode(sharp[:4])), sharp[:4], progress)
+        if polish:
+            smooth = data.draw_gradients(4, CHUNK // 2, crops.rng)
+            loss = loss + 5 * F.l1_loss(model.step(smooth, formulas[step % 2]), smooth)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 0.5)
@@ -233,8 +241,8 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, required=True, help="folder with the wheels named in data.WHEELS")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--backbone", type=Path, help="skip phase one and start from this checkpoint")
-    parser.add_argument("--steps", type=int, nargs=2, default=(9000, 1500), help="of phase one and two")
-    parser.add_argument("--rate", type=float, nargs=2, default=(1e-3, 1e-3), help="learning rate of each phase")
+    parser.add_argument("--steps", type=int, nargs=3, default=(8000, 700, 1400), help="of backbone, polish, stage two")
+    parser.add_argument("--rate", type=float, nargs=3, default=(8e-4, 2e-4, 1e-3), help="learning rate of each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -254,12 +262,18 @@ def main() -> None:
         start_as_identity(model.vae, model.unet, STAGE_ONE, crops.batch(64, CHUNK))
         log.info("start: %s", choice_report(choice, model))
         model = train_backbone(crops, model, args.steps[0], args.rate[0], _reporter(args.steps[0], choice, 500))
-        torch.save(
-            {"vae": model.vae.state_dict(), "unet": model.unet.state_dict()}, args.out.with_suffix(".backbone.pt")
-        )
-    report = _reporter(args.steps[1], choice, 250, model)
-    adapted = train_stage_two(crops, model, args.steps[1], args.rate[1], report)
+        _keep(model, args.out.with_suffix(".backbone.pt"))
+    if args.steps[1]:
+        report = _reporter(args.steps[1], choice, 175)
+        model = train_backbone(crops, model, args.steps[1], args.rate[1], report, polish=True)
+        _keep(model, args.out.with_suffix(".polished.pt"))
+    report = _reporter(args.steps[2], choice, 200, model)
+    adapted = train_stage_two(crops, model, args.steps[2], args.rate[2], report)
     save(args.out, model, adapted)
+
+
+def _keep(model: Restorer, path: Path) -> None:
+    torch.save({"vae": model.vae.state_dict(), "unet": model.unet.state_dict()}, path)
 
 
 def save(path: Path, model: Restorer, adapted: nn.Module) -> None:

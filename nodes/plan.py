@@ -1,0 +1,80 @@
+"""The plan of an upscale, as text and as a numbered grid, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..tudsr_core.image import resize
+from ..tudsr_core.pipeline import plan_for
+from ..tudsr_core.plan import UpscalePlan
+from .stages import build_stage, combine
+from .tiles import CATEGORY, DEFAULTS, tile_inputs
+from .upscale import MODEL_TIP, target_from, target_inputs
+
+
+class Plan(io.ComfyNode):
+    """What an upscale will do, before it runs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        tile, overlap, tile_batch, _ = tile_inputs()
+        return io.Schema(
+            node_id="TUDSRPlan",
+            display_name="TUDSR Plan",
+            category=CATEGORY,
+            description="Shows stages, sizes, tiles, network calls and memory of an upscale, as text and as a "
+            "numbered grid over the picture. Nothing is computed.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to be enlarged."),
+                io.Model.Input("stage_one", tooltip=MODEL_TIP.format("one")),
+                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                *target_inputs(),
+                tile,
+                overlap,
+                tile_batch,
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="The picture with the last stage's tiles."),
+                io.String.Output(display_name="text"),
+                io.Int.Output(display_name="calls", tooltip="Number of network evaluations for one picture."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image, stage_one, vae, scale, width, height, tile, overlap, tile_batch) -> io.NodeOutput:
+        stage = build_stage(stage_one, vae, [], 1, 0)
+        options = replace(DEFAULTS, tile_px=tile, overlap_px=overlap, tile_batch=tile_batch)
+        model = combine(stage, stage)
+        plan = plan_for(model, tuple(image.shape[1:3]), target_from(scale, width, height), options)
+        text = "\n".join(plan.describe())
+        return io.NodeOutput(draw_grid(image[:1], plan), text, plan.calls, ui=ui.PreviewText(text))
+
+
+def draw_grid(image: Tensor, plan: UpscalePlan, longest: int = 1024) -> Tensor:
+    """Return the picture `1 h w 3` with the last stage's tiles outlined and numbered."""
+    part = plan.stages[-1]
+    unit = part.padded[0] / part.tiles.height
+    zoom = min(1.0, longest / max(part.size))
+    size = tuple(max(1, round(side * zoom)) for side in part.size)
+    pixels = resize(image[..., :3].movedim(-1, 1).float(), size).clamp(0, 1)
+    picture = Image.fromarray((pixels[0].movedim(0, -1) * 255).round().byte().numpy())
+    draw = ImageDraw.Draw(picture, "RGBA")
+    font = ImageFont.load_default(max(10, round(24 * zoom * part.tiles.tile_width * unit / 512)))
+    for tile in part.tiles:
+        box = [value * unit * zoom for value in (tile.left, tile.top, tile.left + tile.width, tile.top + tile.height)]
+        hue = (255, 190, 60) if (tile.index // len(part.tiles.lefts) + tile.index) % 2 else (90, 200, 255)
+        inset = [box[0] + 2, box[1] + 2, min(box[2], size[1]) - 3, min(box[3], size[0]) - 3]
+        if inset[2] > inset[0] and inset[3] > inset[1]:
+            draw.rectangle(inset, outline=(*hue, 230), width=2, fill=(*hue, 22))
+            center = (inset[0] + inset[2]) / 2, (inset[1] + inset[3]) / 2
+            draw.text(
+                center, str(tile.index + 1), fill=(255, 255, 255), font=font, anchor="mm", stroke_width=2, stroke_fill=0
+            )
+    return torch.from_numpy(np.array(picture))[None].float() / 255

@@ -1,0 +1,80 @@
+"""ComfyUI's page in a real Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update"]
+
+
+def chromium() -> str | None:
+    """Return the installed browser, or None."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@contextmanager
+def open_page(url: str, width: int = 1500, height: int = 860):
+    """Yield a Playwright page that shows ComfyUI with all nodes registered."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.goto(url)
+        page.wait_for_function(
+            "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100",
+            timeout=90000,
+        )
+        page.wait_for_timeout(1500)
+        yield page
+        browser.close()
+
+
+def load_graph(page, workflow: dict) -> None:
+    """Open a UI workflow on the canvas and show all of it."""
+    page.evaluate("async text => { await app.loadGraphData(JSON.parse(text)) }", json.dumps(workflow))
+    fit(page)
+
+
+def fit(page) -> None:
+    """Zoom so that the whole graph is visible."""
+    page.evaluate(
+        """() => {
+            const box = n => [n.pos[0], n.pos[1] - 40, n.pos[0] + n.size[0], n.pos[1] + n.size[1]];
+            const boxes = app.graph._nodes.map(box);
+            const [x0, y0] = [0, 1].map(i => Math.min(...boxes.map(b => b[i])) - 30);
+            const [x1, y1] = [2, 3].map(i => Math.max(...boxes.map(b => b[i])) + 30);
+            const ds = app.canvas.ds, el = app.canvas.canvas, ratio = window.devicePixelRatio || 1;
+            const [w, h] = [el.width / ratio - 80, el.height / ratio - 110];
+            ds.scale = Math.min(w / (x1 - x0), h / (y1 - y0), 1.5);
+            ds.offset = [70 / ds.scale - x0 + (w / ds.scale - (x1 - x0)) / 2, 50 / ds.scale - y0];
+            app.canvas.setDirty(true, true);
+        }"""
+    )
+    page.wait_for_timeout(800)
+
+
+def run_graph(page, seconds: float = 180) -> None:
+    """Queue the graph on the canvas and wait for its end; raises AssertionError with the server's message."""
+    page.evaluate(
+        """() => {
+            window.ended = null;
+            app.api.addEventListener('execution_success', () => { window.ended = 'success' });
+            app.api.addEventListener('execution_error', e => { window.ended = e.detail.exception_message });
+        }"""
+    )
+    page.evaluate("async () => { await app.queuePrompt(0, 1) }")
+    page.wait_for_function("() => window.ended", timeout=seconds * 1000)
+    ended = page.evaluate("() => window.ended")
+    assert ended == "success", ended
+    page.wait_for_timeout(2500)
+
+
+def shoot(page, path: Path) -> None:
+    """Save what the page shows; `.jpg` is compressed."""
+    options = {"type": "jpeg", "quality": 82} if path.suffix == ".jpg" else {}
+    page.screenshot(path=str(path), **options)

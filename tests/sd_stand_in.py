@@ -1,0 +1,144 @@
+"""A Stable Diffusion 2.1 in miniature: the checkpoint, two adapters, and a pack that lets ComfyUI detect it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from sd_layout import to_ldm
+
+UNET = dict(
+    sample_size=8,
+    block_out_channels=(32, 64, 128, 128),
+    layers_per_block=2,
+    attention_head_dim=(2, 4, 8, 8),  # number of heads: 16 channels each
+    cross_attention_dim=32,
+    use_linear_projection=True,
+)
+TARGETS = ["conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out", "to_k", "to_q", "to_v", "to_out.0"]
+
+PACK = """
+import numpy as np, os
+import torch
+import comfy.supported_models, comfy.supported_models_base, folder_paths
+from comfy import sd1_clip
+from comfy.text_encoders import sd2_clip
+
+TEXT = dict(architectures=["CLIPTextModel"], hidden_act="gelu", hidden_size=32, intermediate_size=64,
+            num_attention_heads=2, num_hidden_layers=3, max_position_embeddings=77, projection_dim=32,
+            layer_norm_eps=1e-5, vocab_size=49408, eos_token_id=49407, model_type="clip_text_model")
+
+class Text(sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options={}, **kwargs):
+        super().__init__(device=device, layer="hidden", layer_idx=-2, textmodel_json_config=dict(TEXT), dtype=dtype,
+                         special_tokens={"start": 49406, "end": 49407, "pad": 0}, model_options=model_options)
+
+class Tokenizer(sd1_clip.SDTokenizer):
+    def __init__(self, tokenizer_path=None, embedding_directory=None, tokenizer_data={}):
+        super().__init__(tokenizer_path, pad_with_end=False, embedding_directory=embedding_directory,
+                         embedding_size=32, embedding_key="clip_h", tokenizer_data=tokenizer_data)
+
+class Tokens(sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data={}):
+        super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data,
+                         clip_name="h", tokenizer=Tokenizer)
+
+class Clip(sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options={}, **kwargs):
+        super().__init__(device=device, dtype=dtype, model_options=model_options, clip_name="h", clip_model=Text)
+
+class SmallSD20(comfy.supported_models.SD20):
+    unet_config = dict(comfy.supported_models.SD20.unet_config, context_dim=32, model_channels=32)
+    unet_extra_config = dict(comfy.supported_models.SD20.unet_extra_config, num_head_channels=16)
+    def clip_target(self, state_dict={}):
+        return comfy.supported_models_base.ClipTarget(Tokens, Clip)
+
+comfy.supported_models.models.append(SmallSD20)
+
+class TestConditioning:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "tests"
+    def make(self):
+        return ([[torch.linspace(-1, 1, 77 * 32).view(1, 77, 32), {}]],)
+
+class TestSaveTensor:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"images": ("IMAGE",), "name": ("STRING",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "save", "tests", True
+    def save(self, images, name):
+        np.save(os.path.join(folder_paths.get_output_directory(), name), images.float().cpu().numpy())
+        return {"ui": {"text": [name]}}
+
+NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestSaveTensor": TestSaveTensor}
+"""
+
+
+def condition() -> torch.Tensor:
+    """What the pack's TestConditioning gives."""
+    return torch.linspace(-1, 1, 77 * 32).view(1, 77, 32)
+
+
+def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return the stand-in's `(unet, vae)` as diffusers modules; the VAE is a TAESD."""
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet, vae = UNet2DConditionModel(**UNET), AutoencoderTiny()
+    return unet.eval(), vae.eval()
+
+
+def write(models: Path) -> None:
+    """Write the checkpoint and two peft adapters under ComfyUI's `models` folder."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    unet, vae = networks()
+    tensors = to_ldm(unet, torch.nn.Module())
+    for key, value in vae.state_dict().items():
+        side, _, number, rest = key.split(".", 3)
+        # ComfyUI's decoder starts with a clamp layer, diffusers' does that in forward.
+        tensors[f"first_stage_model.taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"] = value
+    tensors |= {"first_stage_model.vae_scale": torch.tensor(0.18215), "first_stage_model.vae_shift": torch.tensor(0.0)}
+    tensors |= text_weights()
+    (models / "checkpoints").mkdir(parents=True, exist_ok=True)
+    name = models / "checkpoints" / "v2-1_512-ema-pruned.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, name)
+    for number, folder in enumerate(("tudsr-stage-one", "tudsr-stage-two")):
+        torch.manual_seed(number)
+        adapted = get_peft_model(unet, LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
+        for key, parameter in adapted.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.05)
+        adapted.save_pretrained(models / "tudsr" / folder / "unet_lora_adapter")
+        unet = adapted.unload()
+
+
+def text_weights() -> dict[str, torch.Tensor]:
+    """Return random open_clip-style weights for the three-layer text tower."""
+    torch.manual_seed(5)
+    width, prefix = 32, "cond_stage_model.model."
+    shapes = {
+        "token_embedding.weight": (49408, width),
+        "positional_embedding": (77, width),
+        "ln_final.weight": None,
+        "ln_final.bias": (width,),
+        "text_projection": (width, width),
+    }
+    for layer in range(3):
+        block = f"transformer.resblocks.{layer}."
+        shapes |= {
+            block + "attn.in_proj_weight": (3 * width, width),
+            block + "attn.in_proj_bias": (3 * width,),
+            block + "attn.out_proj.weight": (width, width),
+            block + "attn.out_proj.bias": (width,),
+            block + "ln_1.weight": None,
+            block + "ln_1.bias": (width,),
+            block + "ln_2.weight": None,
+            block + "ln_2.bias": (width,),
+            block + "mlp.c_fc.weight": (2 * width, width),
+            block + "mlp.c_fc.bias": (2 * width,),
+            block + "mlp.c_proj.weight": (width, 2 * width),
+            block + "mlp.c_proj.bias": (width,),
+        }
+    return {
+        prefix + key: torch.ones(width) if shape is None else torch.randn(shape) * 0.1 for key, shape in shapes.items()
+    }

@@ -1,0 +1,59 @@
+"""A person's first minute: drop the template on the canvas, press Run, see the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from browser import chromium, fit, open_page, run_graph, shoot
+from comfyui import PACK, Server, find
+from PIL import Image
+
+from tudsr_core.evaluation import example_path
+
+TEMPLATE = PACK / "workflows" / "01-embedded-x8.json"
+
+
+def test_drop_the_template_run_and_see_the_picture(tmp_path):
+    comfyui = find()
+    if comfyui is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
+    if chromium() is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    pytest.importorskip("playwright", reason="no Playwright: pip install playwright")
+    server = Server(comfyui, tmp_path)
+    try:
+        with Image.open(example_path()) as image:
+            image.convert("RGB").save(tmp_path / "input" / "example.png")
+        with open_page(server.url) as page:
+            drop(page, TEMPLATE)
+            assert page.evaluate("() => app.graph._nodes.map(n => n.type)").count("TUDSRUpscale") == 1
+            assert page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).length") == 0
+            run_graph(page)
+            shown = page.evaluate("() => app.graph._nodes.find(n => n.type == 'SaveImage').imgs[0].naturalWidth")
+            assert shown == 1600
+            fit(page)
+            target = Path(os.environ.get("TUDSR_SCREENSHOT", tmp_path / "browser.png"))
+            shoot(page, target)
+            with Image.open(target) as picture:
+                assert len(picture.convert("RGB").getcolors(10**6)) > 5000
+    finally:
+        server.stop()
+
+
+def drop(page, path: Path) -> None:
+    """Drop a file on the canvas, as from a file manager."""
+    page.evaluate(
+        """([name, text]) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([text], name, {type: 'application/json'}));
+            const canvas = document.querySelector('#graph-canvas');
+            for (const kind of ['dragenter', 'dragover', 'drop'])
+                canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true}));
+        }""",
+        [path.name, json.dumps(json.loads(path.read_text()))],
+    )
+    page.wait_for_function("() => app.graph._nodes.some(n => n.type == 'TUDSRUpscale')", timeout=20000)
+    page.wait_for_timeout(1000)

@@ -1,0 +1,199 @@
+"""The pack on a real ComfyUI server: loading, every workflow, the same picture from every door, cancel."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+import sd_stand_in
+import torch
+from comfyui import PACK, Server, find
+from PIL import Image
+
+from tudsr_core.evaluation import example_path
+from tudsr_core.pipeline import UpscaleOptions, upscale
+from tudsr_core.plan import Target
+
+API = sorted((PACK / "workflows" / "api").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    comfyui = find()
+    if comfyui is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
+    base = tmp_path_factory.mktemp("comfyui")
+    sd_stand_in.write(base / "models")
+    running = Server(comfyui, base, "My.TUDSR pack", {"tests_pack": sd_stand_in.PACK})
+    running.put_image("example.png", photo(40, 56))
+    yield running
+    running.stop()
+
+
+def photo(height, width):
+    with Image.open(example_path()) as image:
+        return np.array(image.convert("RGB").crop((60, 20, 60 + width, 20 + height)))
+
+
+def graph(name):
+    return json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text())
+
+
+def tensor(array):
+    return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
+
+
+def to_8bit(pixels):
+    return (pixels.clamp(0, 1) * 255).round().byte()[0].permute(1, 2, 0).numpy().astype(int)
+
+
+def test_the_pack_loads_without_complaint(server):
+    log = server.log.read_text()
+    assert (
+        "Cannot import" not in log.split("Import times")[0].replace("comfy_extras", "")
+        or "TUDSR pack module" not in log
+    )
+    assert "(IMPORT FAILED): " not in log
+    ids = [name for name in server.get("/object_info") if name.startswith("TUDSR")]
+    assert len(ids) == 10
+
+
+def test_every_node_has_help_tooltips_and_a_frozen_schema(server):
+    frozen = json.loads((PACK / "tests" / "schema.json").read_text())
+    for name, info in server.get("/object_info").items():
+        if not name.startswith("TUDSR"):
+            continue
+        page = PACK / "nodes" / "web" / "docs" / f"{name}.md"
+        assert page.is_file() and len(page.read_text()) > 300, f"help page of {name}"
+        inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        for input_name, spec in inputs.items():
+            assert spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip"
+        now = {"inputs": list(inputs), "outputs": info["output"], "names": info["output_name"]}
+        assert now == frozen[name], f"the schema of {name} changed: saved workflows would break"
+
+
+@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
+def test_every_workflow_runs_to_a_saved_picture(server, path):
+    work = graph(path.stem)
+    outputs = server.run(work)
+    saves = [node for node, part in work.items() if part["class_type"] == "SaveImage"]
+    assert saves
+    for node in saves:
+        for image in server.images(outputs, node):
+            assert min(image.shape[:2]) >= 160
+            assert image.std() > 3
+
+
+@pytest.mark.parametrize("path", sorted((PACK / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_templates_use_known_nodes_and_have_a_picture(server, path):
+    known = server.get("/object_info")
+    template = json.loads(path.read_text())
+    kinds = {node["type"] for node in template["nodes"]}
+    assert kinds <= set(known) | {"MarkdownNote", "Note"}
+    assert "MarkdownNote" in kinds
+    with Image.open(path.with_suffix(".jpg")) as thumbnail:
+        assert min(thumbnail.size) >= 200
+    api = graph(path.stem)
+    assert sorted(kinds - {"MarkdownNote"}) == sorted({part["class_type"] for part in api.values()})
+
+
+@pytest.mark.parametrize(("scale", "size"), [(4, (40, 56)), (8, (40, 56)), (3, (93, 141))])
+def test_node_and_library_give_the_same_picture(server, embedded, scale, size):
+    array = photo(*size)
+    work = graph("01-embedded-x8")
+    work["1"]["inputs"]["image"] = server.put_image(f"{size[0]}.png", array)
+    work["3"]["inputs"]["scale"] = float(scale)
+    made = server.images(server.run(work), "4")[0].astype(int)
+    assert np.abs(made - to_8bit(upscale(tensor(array), embedded, Target(scale=scale)))).max() <= 1
+
+
+def test_adapters_on_sd21_equal_peft_in_diffusers(server):
+    """The two-stage graph on the stand-in against the core over diffusers with the same weights."""
+    from tudsr_core.checkpoints import read_adapter
+    from tudsr_core.local import Backbone, LocalNetworks
+    from tudsr_core.pipeline import Model, Stage
+    from tudsr_core.plan import StageLimits
+    from tudsr_core.schedule import from_noise_level
+
+    work = graph("02-sd21-two-stage")
+    work["3"] = {"class_type": "TestConditioning", "inputs": {}}
+    work["6"]["inputs"] |= {"color_fix": "none", "scale": 4.0, "tile": 128, "overlap": 32}
+    work["8"] = {"class_type": "TestSaveTensor", "inputs": {"images": ["6", 0], "name": "sd21.npy"}}
+    server.run(work)
+    made = torch.from_numpy(np.load(server.base / "output" / "sd21.npy")).movedim(-1, 1)
+    unet, vae = sd_stand_in.networks()
+    backbone = Backbone(vae, unet, lambda text: sd_stand_in.condition(), torch.device("cpu"), torch.float32)
+    stages = [
+        Stage(
+            LocalNetworks(backbone, read_adapter(server.base / "models/tudsr" / f"tudsr-stage-{word}")),
+            from_noise_level(t),
+        )
+        for word, t in (("one", 200), ("two", 50))
+    ]
+    options = UpscaleOptions(128, 32, color_fix="none")
+    wanted = upscale(tensor(photo(40, 56)), Model(*stages, StageLimits()), Target(scale=4), options)
+    assert (made - wanted).abs().max() < 1e-3
+    assert (made - wanted).abs().mean() < 2e-5
+
+
+def test_the_stock_sampler_equals_stage_one(server):
+    work = graph("05-stock-sampler")
+    work["1"]["inputs"]["image"] = server.put_image("large.png", photo(128, 128))
+    work["4"]["inputs"]["pixels"] = ["1", 0]
+    del work["3"], work["10"]
+    options = {"tile": 512, "overlap": 128, "tile_batch": 1, "window": "gaussian", "color_fix": "none"}
+    work["20"] = {
+        "class_type": "TUDSRStageOne",
+        "inputs": {
+            "image": ["1", 0],
+            "model": ["2", 0],
+            "vae": ["2", 2],
+            "conditioning": ["2", 3],
+            "factor": 1.0,
+            "timestep": 0,
+            "sample_posterior": False,
+            "seed": 0,
+            **options,
+        },
+    }
+    for node, source in (("21", ["9", 0]), ("22", ["20", 0])):
+        work[node] = {"class_type": "TestSaveTensor", "inputs": {"images": source, "name": f"{node}.npy"}}
+    server.run(work)
+    stock, ours = (np.load(server.base / "output" / f"{node}.npy") for node in ("21", "22"))
+    assert np.abs(stock - ours).max() < 1e-4
+
+
+def test_cancel_stops_within_a_tile_and_the_next_run_is_right(server, embedded):
+    array = photo(110, 130)
+    work = graph("01-embedded-x8")
+    work["1"]["inputs"]["image"] = server.put_image("cancel.png", array)
+    work["3"]["inputs"] |= {"tile": 128, "overlap": 64}
+    prompt = server.queue(work)
+    time.sleep(2)
+    began = time.monotonic()
+    server.post("/interrupt", {})
+    history = server.wait(prompt)
+    assert time.monotonic() - began < 3
+    assert "execution_interrupted" in dict(history["status"]["messages"])
+    made = server.images(server.run(work), "4")[0].astype(int)
+    wanted = upscale(tensor(array), embedded, Target(scale=8), UpscaleOptions(128, 64))
+    assert np.abs(made - to_8bit(wanted)).max() <= 1
+
+
+def test_swapped_stages_fail_with_a_name(server):
+    work = graph("01-embedded-x8")
+    work["3"]["inputs"] |= {"stage_one": ["2", 1], "stage_two": ["2", 0]}
+    assert "swap the two MODEL inputs" in server.fail(work)
+
+
+def test_a_missing_adapter_says_where_to_put_it(server):
+    work = graph("02-sd21-two-stage")
+    work["4"]["inputs"]["adapter"] = "none.safetensors"
+    answer = server.post("/prompt", {"prompt": work, "client_id": "tests"})
+    assert "none.safetensors" in json.dumps(answer)
+    info = server.get("/object_info")["TUDSRLoadAdapter"]
+    options = info["input"]["required"]["adapter"]
+    names = options[1].get("options") or options[0]
+    assert names == ["tudsr-stage-one", "tudsr-stage-two"]

@@ -1,0 +1,153 @@
+"""Make the templates of this folder from their API forms: `python workflows/make.py` (needs ComfyUI and Chromium).
+
+Each `api/NAME.json` is opened in a real browser, laid out in columns, given its note and model
+links, saved as `NAME.json`, run where its models are at hand, and photographed as `NAME.jpg`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
+
+import numpy as np
+import sd_stand_in
+from browser import fit, load_graph, open_page, run_graph, shoot
+from comfyui import Server, find
+from PIL import Image
+
+SD21 = {
+    "name": "v2-1_512-ema-pruned.safetensors",
+    "url": "https://huggingface.co/stabilityai/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
+    "directory": "checkpoints",
+}
+NOTES = {
+    "01-embedded-x8": """## Upscale x8 with the embedded model
+Pick a picture and press **Run**. Nothing is downloaded.
+
+The shipped model is small: a faithful sharpener that shows how the pack works.
+For invented detail use SD2.1 with TUDSR adapters (template 02).
+
+- **scale**: any factor, or set **width** / **height**
+- **tile**: lower it if memory runs out
+- **color_fix**: keep *wavelet* for photos""",
+    "02-sd21-two-stage": """## Two stages on SD2.1-base
+1. Put **v2-1_512-ema-pruned.safetensors** into `models/checkpoints`.
+2. Put the stage adapters into `models/tudsr` and choose them.
+3. Leave the prompt empty: the adapters were trained so.
+
+Both stages share one set of weights; only the adapter changes.""",
+    "03-stage-one-then-stage-two": """## The two stages, one node each
+Look at what each stage does, or put something between them.
+The plan at the bottom shows the tiles before anything runs.
+
+Colour fix is off inside and done once at the end.""",
+    "04-multidiffusion-ksampler": """## MultiDiffusion with any sampler
+An ordinary image-to-image graph; **MultiDiffusion (Tiled)** makes every step work in
+overlapping tiles, so any size fits.
+
+- **denoise** 0.2 keeps, 0.5 invents
+- **overlap**: raise it if you see a grid""",
+    "05-stock-sampler": """## A TUDSR stage with stock nodes
+One-Step Sigmas and One-Step Latent let **SamplerCustom** do what *TUDSR Stage One* does:
+euler, one step, no added noise, cfg 1.
+
+Useful when you want your own sampler or wrappers in the path.""",
+}
+STAND_IN_ONLY = ("02-sd21-two-stage", "04-multidiffusion-ksampler")
+
+
+def lay_out(workflow: dict, api: dict) -> None:
+    """Put nodes into columns by their distance from the inputs."""
+    depth: dict[str, int] = {}
+
+    def level(node: str) -> int:
+        if node not in depth:
+            sources = [value[0] for value in api[node]["inputs"].values() if isinstance(value, list)]
+            depth[node] = 1 + max(map(level, sources), default=-1)
+        return depth[node]
+
+    columns: dict[int, list[dict]] = {}
+    for node in sorted(workflow["nodes"], key=lambda node: int(node["id"])):
+        columns.setdefault(level(str(node["id"])), []).append(node)
+    x = 380.0
+    for index in sorted(columns):
+        y, widest = 0.0, 0.0
+        for node in columns[index]:
+            picture = node["type"] in ("LoadImage", "SaveImage", "PreviewImage")
+            node["size"] = [300, 340] if picture else [max(270, node["size"][0]), node["size"][1]]
+            node["pos"] = [x, y]
+            y += node["size"][1] + 70
+            widest = max(widest, node["size"][0])
+        x += widest + 60
+
+
+def add_note(workflow: dict, text: str) -> None:
+    """Put a Markdown note left of the graph, as the first thing one reads."""
+    number = workflow["last_node_id"] = max(node["id"] for node in workflow["nodes"]) + 1
+    note = {"id": number, "type": "MarkdownNote", "pos": [0, 0], "size": [330, 330], "flags": {}, "order": 0}
+    note |= {"mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [text], "color": "#432"}
+    workflow["nodes"].insert(0, note | {"bgcolor": "#653"})
+
+
+def make(page, name: str) -> None:
+    """Make one template and its picture."""
+    api = json.loads((HERE / "api" / f"{name}.json").read_text())
+    text = page.evaluate(
+        "async ([api, name]) => { await app.loadApiJson(JSON.parse(api), name);"
+        " return JSON.stringify(app.graph.serialize()) }",
+        [json.dumps(api), name],
+    )
+    workflow = json.loads(text)
+    lay_out(workflow, api)
+    for node in workflow["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            node.setdefault("properties", {})["models"] = [SD21]
+    add_note(workflow, NOTES[name])
+    for node in workflow["nodes"]:
+        values = node.get("widgets_values") or []
+        node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]
+    workflow["id"] = name
+    (HERE / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
+    load_graph(page, workflow)
+    if name not in STAND_IN_ONLY:
+        run_graph(page)
+        fit(page)
+    photograph(page, HERE / f"{name}.jpg")
+
+
+def photograph(page, path: Path) -> None:
+    """Save the canvas without the page's bars, small enough for a template card."""
+    page.evaluate("() => document.querySelectorAll('.minimap-main-container').forEach(e => e.remove())")
+    large = path.with_suffix(".png")
+    shoot(page, large)
+    with Image.open(large) as image:
+        view = image.convert("RGB").crop((60, 90, image.width - 60, image.height - 60))
+        box = Image.eval(view.convert("L"), lambda value: 255 if value > 42 else 0).getbbox()
+        view.crop(box).resize((1000, round(1000 * (box[3] - box[1]) / (box[2] - box[0])))).save(path, quality=80)
+    large.unlink()
+
+
+def main() -> None:
+    comfyui = find()
+    if comfyui is None:
+        raise SystemExit("set COMFYUI_PATH and COMFYUI_PYTHON to a ComfyUI")
+    base = Path(tempfile.mkdtemp())
+    sd_stand_in.write(base / "models")
+    server = Server(comfyui, base, packs={"tests_pack": sd_stand_in.PACK})
+    example = HERE.parent / "tudsr_core" / "assets" / "example.png"
+    server.put_image("example.png", np.array(Image.open(example).convert("RGB")))
+    try:
+        for path in sorted((HERE / "api").glob("*.json")):
+            with open_page(server.url, 2400, 1400) as page:
+                make(page, path.stem)
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()
