@@ -197,6 +197,8 @@ def train_stage_two(crops: data.Crops, model: Restorer, steps: int, rate: float,
                 loss = _loss(second.step(start[chunk], STAGE_TWO), sharp[chunk], step / steps) / 4
                 loss.backward()
                 total += loss.item()
+        smooth = data.draw_gradients(2, CHUNK // 2, crops.rng)
+        (5 * F.l1_loss(second.step(smooth, STAGE_TWO), smooth)).backward()
         nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         average.update(adapted)
