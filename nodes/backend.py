@@ -80,20 +80,13 @@ class ComfyNetworks:
         network = self._encode
         if seed is not None and hasattr(self.vae.first_stage_model, "encoder"):
             network = self._sampler(seed)
-        latents = self._tiled(network, pixels, self.reaches[0], VAE_TILE_PX, on_tile)
+        latents = run_tiled(network, pixels, self.reaches[0], VAE_TILE_PX, on_tile)
         return self.model.model.process_latent_in(latents)
 
     def decode(self, z: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W` for scaled latents."""
         latents = self.model.model.process_latent_out(z)
-        return self._tiled(self._decode, latents, self.reaches[1], VAE_TILE_PX // self.latent_scale, on_tile)
-
-    def _tiled(self, network, x: Tensor, reach: Reach | None, tile: int, on_tile) -> Tensor:
-        if reach:
-            return run_tiled(network, x, reach, tile, on_tile)
-        result = network(x)
-        on_tile()
-        return result
+        return run_tiled(self._decode, latents, self.reaches[1], VAE_TILE_PX // self.latent_scale, on_tile)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels.movedim(1, -1)).float().cpu()

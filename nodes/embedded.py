@@ -48,12 +48,23 @@ class DiffusersVAE(nn.Module):
         return self.network.decode(z).sample
 
 
-def build_model(file: ModelFile) -> comfy.model_patcher.ModelPatcher:
-    """Return a ModelPatcher around the UNet of `file`, in float32 (it is 9 MB)."""
+def build(file: ModelFile) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.VAE]:
+    """Return MODEL and VAE of `file`, in float32 (together 11 MB)."""
+    from diffusers import AutoencoderDC
+
+    network = AutoencoderDC.from_config(file.vae_config)
+    network.load_state_dict(file.vae)
+    return _build_model(file, network), _build_vae(file, network)
+
+
+def _build_model(file: ModelFile, network: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    factors, bias = _preview_colors(network, file.unet_config["in_channels"])
 
     class Latent(comfy.latent_formats.LatentFormat):
         latent_channels = file.unet_config["in_channels"]
         scale_factor = file.vae_config["scaling_factor"]
+        spacial_downscale_ratio = network.spatial_compression_ratio
+        latent_rgb_factors, latent_rgb_factors_bias = factors, bias
 
     class Config(comfy.supported_models_base.BASE):
         unet_extra_config = {}
@@ -72,16 +83,18 @@ def build_model(file: ModelFile) -> comfy.model_patcher.ModelPatcher:
     )
 
 
-def build_vae(file: ModelFile) -> comfy.sd.VAE:
-    """Return a ComfyUI VAE around the autoencoder of `file`.
+@torch.inference_mode()
+def _preview_colors(network: nn.Module, channels: int) -> tuple[list[list[float]], list[float]]:
+    """Return how each latent channel colours the picture: ComfyUI's linear previews, from the decoder itself."""
+    step = 0.25
+    probes = torch.cat([torch.zeros(1, channels), step * torch.eye(channels)])
+    colors = network.decode(probes[:, :, None, None].expand(-1, -1, 8, 8)).sample.mean((2, 3))
+    return ((colors[1:] - colors[0]) / step).tolist(), colors[0].tolist()
 
-    ComfyUI's constructor knows no foreign autoencoder; it builds its smallest one, whose network
-    is then replaced, so that every other attribute is what this version of ComfyUI expects.
-    """
-    from diffusers import AutoencoderDC
 
-    network = AutoencoderDC.from_config(file.vae_config)
-    network.load_state_dict(file.vae)
+def _build_vae(file: ModelFile, network: nn.Module) -> comfy.sd.VAE:
+    # ComfyUI's constructor knows no foreign autoencoder; it builds its smallest one, whose network
+    # is then replaced, so that every other attribute is what this version of ComfyUI expects.
     vae = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD().state_dict(), dtype=torch.float32)
     vae.first_stage_model = DiffusersVAE(network).to(torch.float32)
     scale = network.spatial_compression_ratio

@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 
 from ..tudsr_core.checkpoints import Adapter, CheckpointError, Low, embedded_path, read_adapter, read_model
-from .embedded import UNET_PREFIX, build_model, build_vae
+from .embedded import UNET_PREFIX, build
 from .stages import StageFacts, attach
 from .tiles import CATEGORY
 
@@ -140,13 +140,13 @@ class LoadEmbedded(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         file = read_model(embedded_path())
-        base = build_model(file)
+        base, vae = build(file)
         first = attach(base, StageFacts("embedded stage one", 1, file.first_step, file.limits))
         keys = {path: f"{UNET_PREFIX}{path}.weight" for path in file.second.unet}
         patched = patch(base, as_patches(file.second.unet, keys, "embedded stage two", "UNet"), "embedded stage two")
         second = attach(patched, StageFacts("embedded stage two", 2, file.second.step, file.limits))
         empty = torch.zeros(1, 1, file.unet_config["cross_attention_dim"])
-        return io.NodeOutput(first, second, build_vae(file), [[empty, {}]])
+        return io.NodeOutput(first, second, vae, [[empty, {}]])
 
 
 class LoadAdapter(io.ComfyNode):

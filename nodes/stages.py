@@ -41,8 +41,8 @@ def facts_of(model: Any) -> StageFacts | None:
 def build_stage(model: Any, vae: Any, conditioning: list, number: int, timestep: int) -> Stage:
     """Return stage `number` over ComfyUI's objects; `timestep` 0 takes the adapter's own (or 200 / 50).
 
-    Raises ValueError for an adapter of the other stage, and for models that do not predict eps on
-    Stable Diffusion's schedule.
+    Raises ValueError for an adapter of the other stage, for models that do not predict eps on
+    Stable Diffusion's schedule, and for a VAE or CONDITIONING of another model.
     """
     facts = facts_of(model)
     if facts and facts.stage not in (None, number):
@@ -55,6 +55,7 @@ def build_stage(model: Any, vae: Any, conditioning: list, number: int, timestep:
     else:
         step = (facts.step if facts else None) or from_noise_level(200 if number == 1 else 50)
     _check_model(model, step)
+    _check_companions(model, vae, conditioning)
     return Stage(ComfyNetworks(model, vae, conditioning), step, f"stage {_word(number)}")
 
 
@@ -76,6 +77,22 @@ def _check_model(model: Any, step: OneStep) -> None:
             f"this MODEL has sigma {theirs:.4f} at timestep {step.t}, not Stable Diffusion's {ours:.4f}; "
             "remove nodes that change its noise schedule, or load SD2.1-base"
         )
+
+
+def _check_companions(model: Any, vae: Any, conditioning: list) -> None:
+    wanted = model.model.latent_format.latent_channels
+    if vae.latent_channels != wanted:
+        raise ValueError(
+            f"this VAE makes {vae.latent_channels} latent channels, but the MODEL works on {wanted}; "
+            "connect the VAE that came with the model"
+        )
+    width = model.model.model_config.unet_config.get("context_dim")
+    for tensor, _ in conditioning:
+        if width and tensor.shape[-1] != width:
+            raise ValueError(
+                f"this CONDITIONING is {tensor.shape[-1]} wide, but the MODEL wants {width}; "
+                "encode the prompt with the CLIP of the same checkpoint"
+            )
 
 
 def combine(first: Stage, second: Stage | None, limits: StageLimits | None = None) -> Model:

@@ -148,7 +148,7 @@ class MultiDiffusion(io.ComfyNode):
     def execute(cls, model, tile, overlap, tile_batch, window, jitter) -> io.NodeOutput:
         if overlap >= tile:
             raise ValueError(f"overlap {overlap} must be smaller than the tile ({tile}); try {tile // 4}")
-        scale = 8
+        scale = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
         tiled = TiledPrediction(tile // scale, overlap // scale, tile_batch, window, jitter)
         clone = model.clone()
         wrappers = comfy.patcher_extension.WrappersMP

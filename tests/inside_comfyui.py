@@ -348,11 +348,28 @@ def check_v_prediction_is_refused():
     )
     stages = part("nodes.stages")
     try:
-        stages.build_stage(model, embedded()[2], text(0), 1, 0)
+        stages.build_stage(model, FoldVAE(), text(0), 1, 0)
     except ValueError as error:
         assert "SD2.1-base" in str(error)
     else:
         raise AssertionError("accepted")
+
+
+def check_a_vae_or_text_of_another_model_is_refused():
+    stages = part("nodes.stages")
+    first, _, vae, conditioning = embedded()
+    wide = stub_model()
+    wide.model.model_config.unet_config["context_dim"] = 1024
+    for model, autoencoder, words, says in (
+        (first, FoldVAE(), conditioning, "VAE makes 4 latent channels"),
+        (wide, FoldVAE(), text(0), "8 wide, but the MODEL wants 1024"),
+    ):
+        try:
+            stages.build_stage(model, autoencoder, words, 1, 0)
+        except ValueError as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError("accepted")
 
 
 class FoldVAE:
@@ -455,6 +472,27 @@ def check_encoder_adapters_equal_diffusers():
     assert torch.equal(vae.encode(image), plain)
 
 
+def check_extra_model_folders_are_searched():
+    import tempfile
+
+    import folder_paths
+
+    loaders = part("nodes.loaders")
+    extra = Path(tempfile.mkdtemp())
+    (extra / "sub").mkdir()
+    (extra / "sub" / "mine.safetensors").write_bytes(b"")
+    folder_paths.add_model_folder_path("tudsr", str(extra))
+    assert "sub/mine.safetensors" in loaders.list_adapters()
+    assert loaders.find_adapter("sub/mine.safetensors") == extra / "sub" / "mine.safetensors"
+    (extra.parent / "outside.safetensors").write_bytes(b"")
+    try:
+        loaders.find_adapter("../outside.safetensors")
+    except part("tudsr_core.checkpoints").CheckpointError as error:
+        assert "models" in str(error) or str(extra) in str(error)
+    else:
+        raise AssertionError("left the models folder")
+
+
 def check_an_adapter_for_another_unet_is_refused():
     loaders, checkpoints = part("nodes.loaders"), part("tudsr_core.checkpoints")
     low = checkpoints.Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
@@ -464,6 +502,16 @@ def check_an_adapter_for_another_unet_is_refused():
         assert "foreign" in str(error) and "nowhere.to_q" in str(error)
     else:
         raise AssertionError("accepted")
+
+
+def check_previews_look_like_the_picture():
+    first, _, vae, _ = embedded()
+    latent = vae.encode(picture(1, 64, 64))
+    kind = first.model.latent_format
+    colors = torch.tensor(kind.latent_rgb_factors), torch.tensor(kind.latent_rgb_factors_bias)
+    preview = (latent[0].movedim(0, -1) @ colors[0] + colors[1]) / 2 + 0.5
+    small = torch.nn.functional.avg_pool2d(picture(1, 64, 64).movedim(-1, 1), 4)[0].movedim(0, -1)
+    assert (preview - small).abs().mean() < 0.05, float((preview - small).abs().mean())
 
 
 def check_plan_speaks_and_draws():

@@ -96,6 +96,10 @@ def _from_pillow(image: Image.Image, deep: np.ndarray | None = None) -> Picture:
     info, exif = image.info, image.getexif()
     icc = info.get("icc_profile")
     grey = image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+    if deep is not None:
+        grey = deep.ndim == 2 or deep.shape[-1] <= 2
+    if getattr(image, "n_frames", 1) > 1:
+        log.warning("this file holds %d pictures; only the first is used", image.n_frames)
     if deep is None:
         if image.mode == "CMYK":
             image, icc = _cmyk_to_rgb(image, icc), None

@@ -26,7 +26,7 @@ from .checkpoints import (
 from .pipeline import Model, Predict, Stage
 from .plan import NetworkFacts, StageLimits
 from .schedule import from_noise_level
-from .vae_tiling import Network, Reach, count_tiles, measure_reach, run_tiled
+from .vae_tiling import Reach, count_tiles, measure_reach, run_tiled
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class LocalNetworks:
             mean, std = self.backbone.moments(self._in(x * 2 - 1))
             return (mean if std is None else torch.cat([mean, std], 1)).float().cpu()
 
-        moments = _run(network, pixels, self.backbone.reaches[0], VAE_TILE_PX, on_tile)
+        moments = run_tiled(network, pixels, self.backbone.reaches[0], VAE_TILE_PX, on_tile)
         channels = self.backbone.vae.config.latent_channels
         mean, std = moments[:, :channels], moments[:, channels:]
         if seed is not None and std.shape[1]:
@@ -205,7 +205,7 @@ class LocalNetworks:
             return self.backbone.vae.decode(self._in(part)).sample.float().cpu() / 2 + 0.5
 
         tile = VAE_TILE_PX // self.backbone.latent_scale
-        return _run(network, z / self.backbone.vae.config.scaling_factor, self.backbone.reaches[1], tile, on_tile)
+        return run_tiled(network, z / self.backbone.vae.config.scaling_factor, self.backbone.reaches[1], tile, on_tile)
 
     def condition(self, text: str) -> Tensor:
         """Return the embedding `1 tokens width` of `text`."""
@@ -221,14 +221,6 @@ class LocalNetworks:
 
     def _in(self, x: Tensor) -> Tensor:
         return x.to(self.backbone.device, self.backbone.dtype)
-
-
-def _run(network: Network, x: Tensor, reach: Reach | None, tile: int, on_tile: Callable[[], None]) -> Tensor:
-    if reach:
-        return run_tiled(network, x, reach, tile, on_tile)
-    result = network(x)
-    on_tile()
-    return result
 
 
 def load_embedded(device: str = "auto", dtype: str = "fp32", path: Path | None = None) -> Model:

@@ -193,7 +193,8 @@ def _run_stage(
         decoded = stage.networks.decode(restored, progress.advance).float()
         if not torch.isfinite(decoded).all():
             raise ValueError(
-                f"{stage.name} produced NaN or infinite pixels; run it in float32 (--dtype fp32), or check the adapter"
+                f"{stage.name} produced NaN or infinite pixels; run it in float32 "
+                "(tudsr: --dtype fp32, ComfyUI: --force-fp32), or check the adapter"
             )
         results.append(padding.crop(decoded).clamp(0, 1))
     return options, results

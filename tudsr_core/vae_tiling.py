@@ -58,13 +58,17 @@ def count_tiles(size: tuple[int, int], tile: int) -> int:
     return math.ceil(size[0] / tile) * math.ceil(size[1] / tile)
 
 
-def run_tiled(network: Network, image: Tensor, reach: Reach, tile: int, on_tile: Callable[[], None]) -> Tensor:
+def run_tiled(network: Network, image: Tensor, reach: Reach | None, tile: int, on_tile: Callable[[], None]) -> Tensor:
     """Return `network(image)` computed in cores of `tile` input pixels plus the halo.
 
     Cores partition the input; each is read with `reach.halo` real neighbours, clipped at the true
     borders, where the network's own zero padding applies as in the untiled run. One picture of
-    the batch is computed at a time.
+    the batch is computed at a time. Without a reach, the whole batch is computed at once.
     """
+    if reach is None:
+        result = network(image)
+        on_tile()
+        return result
     batch, _, height, width = image.shape
     output = None
     for index in range(batch):

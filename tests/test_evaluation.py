@@ -1,0 +1,103 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tudsr_core import filter_bank
+from tudsr_core.evaluation import compare, evaluate_model, lanczos, summary_rows
+from tudsr_core.image import luma, resize
+from tudsr_core.metrics import psnr_y, ssim_y
+from tudsr_core.training.data import read_held_out
+from tudsr_core.training.degradations import clean, gaussian_blur, mild, random_mild
+
+
+def test_psnr_and_ssim_of_known_pictures(noise):
+    truth = noise(1, 3, 32, 32) * 0.5
+    assert psnr_y(truth + 0.1, truth) == pytest.approx(-20 * math.log10(0.1 * 219 / 255), abs=1e-4)
+    assert ssim_y(truth, truth) == pytest.approx(1)
+    assert ssim_y(noise(1, 3, 32, 32, seed=3), truth) < 0.3
+
+
+def test_luma_is_the_papers_bt601():
+    assert luma(torch.ones(1, 3, 1, 1)).item() == pytest.approx(235 / 255, abs=1e-6)
+    assert luma(torch.zeros(1, 3, 1, 1)).item() == pytest.approx(16 / 255, abs=1e-6)
+
+
+def test_lanczos_is_pillows(noise):
+    small = noise(1, 3, 9, 12)
+    theirs = Image.fromarray(small[0, 1].numpy()).resize((48, 36), Image.Resampling.LANCZOS)
+    assert np.abs(lanczos(small, (36, 48))[0, 1].numpy() - np.asarray(theirs).clip(0, 1)).max() < 1e-6
+
+
+def test_clean_and_mild_are_fixed_and_mild_is_worse(noise):
+    sharp = gaussian_blur(noise(1, 3, 64, 64), 1.5)
+    assert torch.equal(mild(sharp, 4), mild(sharp, 4))
+    assert tuple(clean(sharp, 4).shape[-2:]) == (16, 16)
+    truth = resize(sharp, (16, 16))
+    assert psnr_y(mild(sharp, 4), truth) < psnr_y(clean(sharp, 4), truth) - 3
+    drawn = [random_mild(sharp, 4, np.random.default_rng(seed), 0) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_blur_has_the_gaussians_variance():
+    point = torch.zeros(1, 1, 61, 61)
+    point[..., 30, 30] = 1
+    x = torch.arange(61.0) - 30
+    assert (gaussian_blur(point, 3.0)[0, 0].sum(0) * x**2).sum().item() == pytest.approx(9, rel=0.02)
+
+
+def test_filter_bank_finds_the_filter_that_made_the_picture(noise):
+    """Pictures made by one known 9 x 9 filter of the bicubic start are reproduced by the fitted bank."""
+    known = torch.randn(81, generator=torch.Generator().manual_seed(0)) * 0.02
+    known[40] += 1
+    pairs = []
+    for seed in range(4):
+        small = gaussian_blur(noise(1, 3, 16, 16, seed=seed), 0.7)
+        start = resize(small, (64, 64))
+        target = (filter_bank._patches(luma(start)) * known.view(1, 81, 1)).sum(1).view(1, 1, 64, 64)
+        pairs.append((small, start + (target - luma(start)) * 255 / 219))
+    bank = filter_bank.fit(pairs, ridge=1e-9)
+    small, sharp = pairs[0]
+    assert (luma(filter_bank.enlarge(small, (64, 64), bank)) - luma(sharp.clamp(0, 1))).abs().mean() < 2e-3
+    plain = (luma(resize(small, (64, 64))) - luma(sharp)).abs().mean()
+    assert plain > 1e-2
+
+
+def test_classes_follow_the_direction_of_edges():
+    ramp = torch.linspace(0, 1, 40).view(1, 1, 1, 40).expand(1, 1, 40, 40)
+    across, down = (int(filter_bank.classify(x).mode().values) for x in (ramp, ramp.transpose(2, 3)))
+    per_angle = filter_bank.STRENGTHS * filter_bank.COHERENCES
+    assert (across // per_angle - down // per_angle) % filter_bank.ANGLES == filter_bank.ANGLES // 2
+
+
+def test_compare_shows_three_equal_panels(noise):
+    panels = compare(noise(1, 3, 20, 30), noise(1, 3, 160, 240), crop=100)
+    assert tuple(panels.shape) == (1, 3, 100, 316)
+
+
+def test_the_embedded_model_is_useful(embedded):
+    """The acceptance bars on the five public pictures, over Lanczos in PSNR-Y (never trained or tuned on)."""
+    scores = evaluate_model(embedded, read_held_out())
+
+    def gains(case, over="lanczos"):
+        ours, other = scores[case, "ours"], scores[case, over]
+        return [ours[name][0] - other[name][0] for name in ours]
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    for case, bar, worst in (
+        ("clean x4", 0.45, 0.10),
+        ("mild x4", 0.35, 0),
+        ("clean x8", 0.35, 0),
+        ("mild x8", 0.25, 0),
+    ):
+        assert mean(gains(case)) >= bar, case
+        assert min(gains(case)) >= worst, case
+    assert mean(gains("clean x4", "filter bank")) > 0.1
+    rows = summary_rows(scores)
+    assert len(rows) == 2 * 5 + 2 * 6
+    assert rows[0][:2] == ["clean x4", "bicubic"]
