@@ -40,9 +40,9 @@ def load_graph(page, workflow: dict) -> None:
     fit(page)
 
 
-def fit(page) -> None:
-    """Zoom so that the whole graph is visible."""
-    page.evaluate(
+def fit(page) -> list[float]:
+    """Zoom so that the whole graph is visible; returns its box on the page, left, top, right, bottom."""
+    box = page.evaluate(
         """() => {
             const box = n => [n.pos[0], n.pos[1] - 40, n.pos[0] + n.size[0], n.pos[1] + n.size[1]];
             const boxes = app.graph._nodes.map(box);
@@ -53,9 +53,12 @@ def fit(page) -> None:
             ds.scale = Math.min(w / (x1 - x0), h / (y1 - y0), 1.5);
             ds.offset = [70 / ds.scale - x0 + (w / ds.scale - (x1 - x0)) / 2, 50 / ds.scale - y0];
             app.canvas.setDirty(true, true);
+            const at = el.getBoundingClientRect(), place = (v, i) => (v + ds.offset[i]) * ds.scale + [at.x, at.y][i];
+            return [place(x0, 0), place(y0, 1), place(x1, 0), place(y1, 1)];
         }"""
     )
     page.wait_for_timeout(800)
+    return box
 
 
 def run_graph(page, seconds: float = 180) -> None:

@@ -32,6 +32,7 @@ def test_drop_the_template_run_and_see_the_picture(tmp_path):
             assert page.evaluate("() => app.graph._nodes.map(n => n.type)").count("TUDSRUpscale") == 1
             assert page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).length") == 0
             run_graph(page)
+            assert page.evaluate("() => document.querySelectorAll('.p-toast-message').length") == 0
             shown = page.evaluate("() => app.graph._nodes.find(n => n.type == 'SaveImage').imgs[0].naturalWidth")
             assert shown == 1600
             fit(page)

@@ -71,7 +71,7 @@ def _one_line_errors(command):
 def upscale(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")],
-    scale: Annotated[float | None, typer.Option(help="Enlarge by this factor, from 1 to 64.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Enlarge by this factor, from 1 to 64 (default 4).")] = None,
     width: Annotated[int | None, typer.Option(help="Enlarge to this width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Enlarge to this height in pixels.")] = None,
     long_edge: Annotated[int | None, typer.Option(help="Enlarge until the longer side has this length.")] = None,
@@ -246,7 +246,7 @@ def evaluate(
         table.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
     for row in summary_rows(scores):
         table.add_row(*row)
-    Console(width=max(out.width, 60 + 14 * len(pictures)), highlight=False).print(table)
+    Console(width=max(out.width, 62 + 16 * (len(pictures) + 1)), highlight=False).print(table)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -81,7 +82,8 @@ def lay_out(workflow: dict, api: dict) -> None:
             picture = node["type"] in ("LoadImage", "SaveImage", "PreviewImage")
             node["size"] = [300, 340] if picture else [max(270, node["size"][0]), node["size"][1]]
             node["pos"] = [x, y]
-            y += node["size"][1] + 70
+            grows = node["type"].startswith("TUDSR") and "image" in str(node.get("inputs"))
+            y += node["size"][1] + (300 if grows else 70)  # upscalers grow by their live preview
             widest = max(widest, node["size"][0])
         x += widest + 60
 
@@ -111,24 +113,23 @@ def make(page, name: str) -> None:
     for node in workflow["nodes"]:
         values = node.get("widgets_values") or []
         node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]
-    workflow["id"] = name
+    workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-tudsr/{name}"))
     (HERE / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
     load_graph(page, workflow)
     if name not in STAND_IN_ONLY:
         run_graph(page)
-        fit(page)
     photograph(page, HERE / f"{name}.jpg")
 
 
 def photograph(page, path: Path) -> None:
-    """Save the canvas without the page's bars, small enough for a template card."""
+    """Save the graph without the page's bars, small enough for a template card."""
     page.evaluate("() => document.querySelectorAll('.minimap-main-container').forEach(e => e.remove())")
+    box = fit(page)
     large = path.with_suffix(".png")
     shoot(page, large)
     with Image.open(large) as image:
-        view = image.convert("RGB").crop((60, 90, image.width - 60, image.height - 60))
-        box = Image.eval(view.convert("L"), lambda value: 255 if value > 42 else 0).getbbox()
-        view.crop(box).resize((1000, round(1000 * (box[3] - box[1]) / (box[2] - box[0])))).save(path, quality=80)
+        view = image.convert("RGB").crop([round(value) for value in box])
+        view.resize((1000, round(1000 * view.height / view.width)), Image.Resampling.LANCZOS).save(path, quality=80)
     large.unlink()
 
 
