@@ -69,7 +69,7 @@ def _build_model(file: ModelFile, network: nn.Module) -> comfy.model_patcher.Mod
     class Config(comfy.supported_models_base.BASE):
         unet_extra_config = {}
         latent_format = Latent
-        memory_usage_factor = 1.0
+        memory_usage_factor = 0.3  # about 10 kB per latent measured; no attention
 
         def inpaint_model(self) -> bool:
             return False
