@@ -65,6 +65,21 @@ def test_one_bad_picture_does_not_stop_the_others(photo, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["photo.png"]
 
 
+def test_16_bit_with_alpha_and_profile_survives_the_whole_way(tmp_path):
+    import torch
+
+    from tudsr_core.files import Picture, read_picture, write_picture
+
+    pixels = torch.linspace(0.1, 0.9, 4 * 12 * 16).view(1, 4, 12, 16)
+    write_picture(tmp_path / "deep.png", Picture(pixels, bits=16, icc=b"profile", dpi=(240, 240)))
+    done = tudsr("upscale", tmp_path / "deep.png", "-o", tmp_path / "out.tif", "--scale", 4)
+    assert done.returncode == 0, done.stderr
+    made = read_picture(tmp_path / "out.tif")
+    assert (made.size, made.bits, made.has_alpha, made.icc) == ((48, 64), 16, True, b"profile")
+    assert made.dpi == pytest.approx((240, 240), abs=0.1)
+    assert len(torch.unique((made.pixels[:, 3] * 65535).round())) > 1000
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(photo, tmp_path):
     done = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 8, "--dry-run")
     assert done.returncode == 0

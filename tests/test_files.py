@@ -146,8 +146,11 @@ def test_float_tiff_is_read_and_nan_refused(tmp_path):
     broken = GRID.astype(np.float32)
     broken[2, 3, 1] = np.nan
     tifffile.imwrite(tmp_path / "nan.tif", broken, photometric="rgb")
-    with pytest.raises(PictureError, match="NaN"):
+    with pytest.raises(PictureError, match="nan.tif: it contains NaN"):
         read_picture(tmp_path / "nan.tif")
+    tifffile.imwrite(tmp_path / "deep.tif", GRID.astype(np.int32), photometric="rgb")
+    with pytest.raises(PictureError, match="deep.tif: its pixels are int32"):
+        read_picture(tmp_path / "deep.tif")
 
 
 def damaged(kind):

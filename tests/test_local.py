@@ -175,6 +175,16 @@ def test_sd21_posterior_sample_depends_on_the_seed_only(small_sd):
     assert torch.equal(run(1, False), run(2, False))
 
 
+def test_posterior_sample_is_mode_plus_deviation_times_noise(small_sd):
+    networks = load_sd21(small_sd / "base", small_sd / "one", device="cpu").first.networks
+    image = photo(32, 40)
+    mode, drawn = (networks.encode(image, seed, lambda: None) for seed in (None, 7))
+    distribution = networks.backbone.vae.encode(image * 2 - 1).latent_dist
+    noise = torch.randn(distribution.mean.shape, generator=torch.Generator().manual_seed(7))
+    assert (mode - distribution.mode() * 0.18215).abs().max() < 1e-6
+    assert (drawn - (distribution.mean + distribution.std * noise) * 0.18215).abs().max() < 1e-6
+
+
 def test_sd21_refuses_what_does_not_fit(small_sd, tmp_path):
     from tudsr_core.checkpoints import CheckpointError, read_adapter, write_adapter
 

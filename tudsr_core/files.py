@@ -33,6 +33,10 @@ class PictureError(ValueError):
     """A file that cannot be read or written; the message names it and says what to do."""
 
 
+class _Unsuitable(Exception):
+    """A readable file whose pixels cannot be used; `read_picture` adds its name."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """Pixels `1 C H W` float32 0..1 (C = 3 or 4) and what the file said about them.
@@ -81,8 +85,8 @@ def read_picture(path: Path) -> Picture:
         with Image.open(path) as image:
             deep = head[:8] == b"\x89PNG\r\n\x1a\n" and head[24] == 16
             return _from_pillow(image, _decode_png16(path) if deep else None)
-    except PictureError:
-        raise
+    except _Unsuitable as error:
+        raise PictureError(f"{path}: {error}") from error
     except UnidentifiedImageError:
         raise PictureError(f"{path} is not a picture this program reads ({', '.join(sorted(set(FORMATS)))})") from None
     except Image.DecompressionBombError:
@@ -160,16 +164,16 @@ def _tiff_dpi(page) -> tuple[float, float] | None:
 def _picture(array: np.ndarray, grey: bool, exif: Image.Exif, icc: bytes | None, dpi) -> Picture:
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
-            raise PictureError("it contains NaN or infinite values; repair it or export it again")
+            raise _Unsuitable("it contains NaN or infinite values; repair it or export it again")
         bits, values = 16, array.astype(np.float32)
     elif array.dtype in (np.uint8, np.uint16):
         bits = array.dtype.itemsize * 8
         values = array.astype(np.float32) / np.iinfo(array.dtype).max
     else:
-        raise PictureError(f"its pixels are {array.dtype}; save it with 8 or 16 bit per channel")
+        raise _Unsuitable(f"its pixels are {array.dtype}; save it with 8 or 16 bit per channel")
     values = values[..., None] if values.ndim == 2 else values
     if values.ndim != 3 or values.shape[-1] > 4:
-        raise PictureError(f"its pixels have shape {array.shape}; save it as one grey, RGB or RGBA picture")
+        raise _Unsuitable(f"its pixels have shape {array.shape}; save it as one grey, RGB or RGBA picture")
     values = _upright(values, exif.get(ORIENTATION, 1))
     if values.shape[-1] <= 2:
         values = np.concatenate([values[..., :1]] * 3 + [values[..., 1:]], -1)

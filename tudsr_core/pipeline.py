@@ -149,7 +149,7 @@ def upscale(
         match_color(picture, resize(source, plan.size), options.color_fix)
         for picture, source in zip(pictures, color.split(1), strict=True)
     ]
-    return join_alpha(torch.cat(matched), alpha)
+    return join_alpha(matched[0] if len(matched) == 1 else torch.cat(matched), alpha)
 
 
 def _check_image(image: Tensor) -> None:
@@ -190,13 +190,14 @@ def _run_stage(
             before = len(tiles)
             options, tiles = _smaller_tiles(options, tiles, stage.networks.facts)
             progress.redo(mark, len(tiles) - before)
+        del enlarged, padded, z  # the decoder's picture is as large again
         decoded = stage.networks.decode(restored, progress.advance).float()
         if not torch.isfinite(decoded).all():
             raise ValueError(
                 f"{stage.name} produced NaN or infinite pixels; run it in float32 "
                 "(tudsr: --dtype fp32, ComfyUI: --force-fp32), or check the adapter"
             )
-        results.append(padding.crop(decoded).clamp(0, 1))
+        results.append(padding.crop(decoded).clamp_(0, 1))
     return options, results
 
 

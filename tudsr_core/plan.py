@@ -199,9 +199,9 @@ def plan_upscale(
     )
 
 
-# Peak of the whole-picture tensors, in float32 RGB copies: the enlarged input, the decoded
-# picture, and three temporaries of the colour fix (measured, see bench/README.md).
-BYTES_PER_OUTPUT_PIXEL = 3 * 4 * 5
+# Peak of the whole-picture tensors: six float32 RGB copies (67 bytes measured at 4096 x 4096, see
+# bench/README.md).
+BYTES_PER_OUTPUT_PIXEL = 3 * 4 * 6
 
 
 def check_tiles(tile_px: int, overlap_px: int, tile_batch: int, facts: NetworkFacts) -> None:

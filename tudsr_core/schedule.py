@@ -64,7 +64,7 @@ class OneStep:
     def start(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return z_in from the encoded latent z_L; `noise` is needed exactly when b is not 0."""
         if self.b == 0:
-            return self.a * z
+            return z if self.a == 1 else self.a * z
         if noise is None:
             raise ValueError("this one-step method mixes noise into the latent; pass noise")
         return self.a * z + self.b * noise
