@@ -157,6 +157,7 @@ def _transformers():
         raise CheckpointError(
             "Stable Diffusion's text encoder needs transformers; run: pip install 'comfyui-tudsr[sd]'"
         ) from None
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
