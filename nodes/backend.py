@@ -22,10 +22,9 @@ from torch import Tensor
 from ..tudsr_core.pipeline import Predict, Preview
 from ..tudsr_core.plan import NetworkFacts
 from ..tudsr_core.tiles import Tile
-from ..tudsr_core.vae_tiling import Reach, count_tiles, measure_reach, run_tiled
+from ..tudsr_core.vae_tiling import TILE_PX, Reach, count_tiles, find_reaches, run_tiled
 from .conds import crop_conds, is_spatial
 
-VAE_TILE_PX = 512
 PREVIEW_SECONDS = 0.5
 MULTIPLE = 8
 
@@ -59,20 +58,15 @@ class ComfyNetworks:
     def reaches(self) -> tuple[Reach | None, Reach | None]:
         """`Reach` of encoder and decoder; None for autoencoders with global statistics."""
         if self._reaches is None:
-            modules = self.vae.first_stage_model.modules()
-            if any(isinstance(module, torch.nn.GroupNorm) for module in modules):
-                self._reaches = None, None
-            else:
-                like = torch.zeros(1)
-                self._reaches = (
-                    measure_reach(self._encode, 3, self.latent_scale, like, limit=12),
-                    measure_reach(self._decode, self.vae.latent_channels, 1, like, limit=12),
-                )
+            vae, like = self.vae, torch.zeros(1)
+            self._reaches = find_reaches(
+                vae.first_stage_model, self._encode, self._decode, self.latent_scale, vae.latent_channels, like
+            )
         return self._reaches
 
     def vae_calls(self, size: tuple[int, int]) -> int:
         """Ticks of one encode plus one decode."""
-        tiles = count_tiles(size, VAE_TILE_PX)
+        tiles = count_tiles(size, TILE_PX)
         return sum(tiles if reach else 1 for reach in self.reaches)
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
@@ -80,13 +74,13 @@ class ComfyNetworks:
         network = self._encode
         if seed is not None and hasattr(self.vae.first_stage_model, "encoder"):
             network = self._sampler(seed)
-        latents = run_tiled(network, pixels, self.reaches[0], VAE_TILE_PX, on_tile)
+        latents = run_tiled(network, pixels, self.reaches[0], TILE_PX, on_tile)
         return self.model.model.process_latent_in(latents)
 
     def decode(self, z: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W` for scaled latents."""
         latents = self.model.model.process_latent_out(z)
-        return run_tiled(self._decode, latents, self.reaches[1], VAE_TILE_PX // self.latent_scale, on_tile)
+        return run_tiled(self._decode, latents, self.reaches[1], TILE_PX // self.latent_scale, on_tile)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels.movedim(1, -1)).float().cpu()

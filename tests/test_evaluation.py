@@ -79,7 +79,7 @@ def test_compare_shows_three_equal_panels(noise):
 
 
 def test_the_embedded_model_is_useful(embedded):
-    """The acceptance bars on the five public pictures, over Lanczos in PSNR-Y (never trained or tuned on)."""
+    """The acceptance bars on the five public pictures, over Lanczos in PSNR-Y (never trained on)."""
     scores = evaluate_model(embedded, read_held_out())
 
     def gains(case, over="lanczos"):

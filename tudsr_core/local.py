@@ -26,12 +26,11 @@ from .checkpoints import (
 from .pipeline import Model, Predict, Stage
 from .plan import NetworkFacts, StageLimits
 from .schedule import from_noise_level
-from .vae_tiling import Reach, count_tiles, measure_reach, run_tiled
+from .vae_tiling import TILE_PX, Reach, count_tiles, find_reaches, run_tiled
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-VAE_TILE_PX = 512
 # Peak activations per pixel in float32, measured as growth of the resident set at 512 x 512: the
 # embedded model's tile; SD2.1's UNet, and its VAE on the whole picture.
 LOCAL_TILE_BYTES, SD_TILE_BYTES, SD_PICTURE_BYTES = 600, 1100, 4400
@@ -128,13 +127,14 @@ class Backbone:
     @cached_property
     def reaches(self) -> tuple[Reach | None, Reach | None]:
         """`Reach` of encoder and decoder, None where the network is not local."""
-        like = next(self.vae.parameters())
-        scale = self.latent_scale
-        if any(isinstance(module, nn.GroupNorm) for module in self.vae.modules()):
-            return None, None
-        encode = measure_reach(lambda x: self.moments(x)[0], 3, scale, like, limit=12)
-        decode = measure_reach(lambda z: self.vae.decode(z).sample, self.vae.config.latent_channels, 1, like, limit=12)
-        return encode, decode
+        return find_reaches(
+            self.vae,
+            lambda x: self.moments(x)[0],
+            lambda z: self.vae.decode(z).sample,
+            self.latent_scale,
+            self.vae.config.latent_channels,
+            next(self.vae.parameters()),
+        )
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return mean and standard deviation (None for autoencoders without one) for x in -1..1."""
@@ -163,7 +163,7 @@ class LocalNetworks:
     def vae_calls(self, size: tuple[int, int]) -> int:
         """Tiles of one encode plus one decode of `size` pixels."""
         encode, decode = self.backbone.reaches
-        tiles = count_tiles(size, VAE_TILE_PX)
+        tiles = count_tiles(size, TILE_PX)
         return (tiles if encode else 1) + (tiles if decode else 1)
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
@@ -174,7 +174,7 @@ class LocalNetworks:
             mean, std = self.backbone.moments(self._in(x * 2 - 1))
             return (mean if std is None else torch.cat([mean, std], 1)).float().cpu()
 
-        moments = run_tiled(network, pixels, self.backbone.reaches[0], VAE_TILE_PX, on_tile)
+        moments = run_tiled(network, pixels, self.backbone.reaches[0], TILE_PX, on_tile)
         channels = self.backbone.vae.config.latent_channels
         mean, std = moments[:, :channels], moments[:, channels:]
         if seed is not None and std.shape[1]:
@@ -204,7 +204,7 @@ class LocalNetworks:
         def network(part: Tensor) -> Tensor:
             return self.backbone.vae.decode(self._in(part)).sample.float().cpu() / 2 + 0.5
 
-        tile = VAE_TILE_PX // self.backbone.latent_scale
+        tile = TILE_PX // self.backbone.latent_scale
         return run_tiled(network, z / self.backbone.vae.config.scaling_factor, self.backbone.reaches[1], tile, on_tile)
 
     def condition(self, text: str) -> Tensor:

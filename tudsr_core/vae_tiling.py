@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Network = Callable[[Tensor], Tensor]
+
+TILE_PX = 512
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,18 @@ def measure_reach(network: Network, channels: int, unit: int, like: Tensor, limi
         return None
     halo = max(limit * out_unit - first, last + 1 - (limit + 1) * out_unit)
     return Reach(Fraction(output.shape[-1], side), math.ceil(halo / out_unit) * unit)
+
+
+def find_reaches(
+    vae: nn.Module, encode: Network, decode: Network, scale: int, latents: int, like: Tensor
+) -> tuple[Reach | None, Reach | None]:
+    """Return the reach of `encode` and of `decode`; None, None without trying if `vae` has GroupNorm.
+
+    `scale` is pixels per latent, `latents` the latent's channels; `like` gives device and dtype.
+    """
+    if any(isinstance(module, nn.GroupNorm) for module in vae.modules()):
+        return None, None
+    return measure_reach(encode, 3, scale, like, limit=12), measure_reach(decode, latents, 1, like, limit=12)
 
 
 def count_tiles(size: tuple[int, int], tile: int) -> int:
