@@ -22,8 +22,9 @@ from torch import Tensor
 from ..tudsr_core.pipeline import Predict, Preview
 from ..tudsr_core.plan import NetworkFacts
 from ..tudsr_core.tiles import Tile
-from ..tudsr_core.vae_tiling import TILE_PX, Reach, count_tiles, find_reaches, run_tiled
+from ..tudsr_core.vae_tiling import draw
 from .conds import crop_conds, is_spatial
+from .exact_vae import ExactVAE, is_out_of_memory
 
 PREVIEW_SECONDS = 0.5
 MULTIPLE = 8
@@ -35,7 +36,7 @@ class ComfyNetworks:
     def __init__(self, model: Any, vae: Any, conditioning: list) -> None:
         self.model, self.vae, self.conditioning = model, vae, conditioning
         self.latent_scale = vae.spacial_compression_encode()
-        self._reaches: tuple[Reach | None, Reach | None] | None = None
+        self.exact_vae = ExactVAE(vae)
 
     @property
     def facts(self) -> NetworkFacts:
@@ -43,66 +44,28 @@ class ComfyNetworks:
         channels = self.model.model.latent_format.latent_channels
         side = 64
         activations = self.model.model.memory_required([1, channels, side, side]) / (side * self.latent_scale) ** 2
-        latent = (1, self.vae.latent_channels, side, side)
-        vae_bytes = self.vae.memory_used_decode(latent, self.vae.vae_dtype) / (side * self.latent_scale) ** 2
-        tiled = all(self.reaches)
+        tile, picture, planes = self.exact_vae.bytes_per_pixel()
         return NetworkFacts(
             latent_scale=self.latent_scale,
             multiple=max(MULTIPLE, self.latent_scale),
             weight_bytes=self.model.model_size() + self.vae.patcher.model_size(),
-            tile_bytes_per_pixel=int(max(activations, vae_bytes if tiled else 0)),
-            picture_bytes_per_pixel=0 if tiled else int(vae_bytes),
+            tile_bytes_per_pixel=int(max(activations, tile)),
+            picture_bytes_per_pixel=picture,
+            plane_bytes_per_pixel=planes,
         )
-
-    @property
-    def reaches(self) -> tuple[Reach | None, Reach | None]:
-        """`Reach` of encoder and decoder; None for autoencoders with global statistics."""
-        if self._reaches is None:
-            vae, like = self.vae, torch.zeros(1)
-            self._reaches = find_reaches(
-                vae.first_stage_model, self._encode, self._decode, self.latent_scale, vae.latent_channels, like
-            )
-        return self._reaches
 
     def vae_calls(self, size: tuple[int, int]) -> int:
         """Ticks of one encode plus one decode."""
-        tiles = count_tiles(size, TILE_PX)
-        return sum(tiles if reach else 1 for reach in self.reaches)
+        return sum(self.exact_vae.tiled.count(side, size) for side in ("encoder", "decoder"))
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
         """Return scaled latents of `B 3 H W` in 0..1; the posterior's mode, or a draw with `seed`."""
-        network = self._encode
-        if seed is not None and hasattr(self.vae.first_stage_model, "encoder"):
-            network = self._sampler(seed)
-        latents = run_tiled(network, pixels, self.reaches[0], TILE_PX, on_tile)
-        return self.model.model.process_latent_in(latents)
+        moments = self.exact_vae.encode(pixels, on_tile)
+        return self.model.model.process_latent_in(draw(moments, self.vae.latent_channels, seed))
 
     def decode(self, z: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W` for scaled latents."""
-        latents = self.model.model.process_latent_out(z)
-        return run_tiled(self._decode, latents, self.reaches[1], TILE_PX // self.latent_scale, on_tile)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode(pixels.movedim(1, -1)).float().cpu()
-
-    def _decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z).movedim(-1, 1).float().cpu()
-
-    def _sampler(self, seed: int) -> Callable[[Tensor], Tensor]:
-        """Return an encoder that draws from the posterior, which `VAE.encode` never does."""
-
-        def encode(pixels: Tensor) -> Tensor:
-            vae, network = self.vae, self.vae.first_stage_model
-            memory = vae.memory_used_encode(pixels.shape, vae.vae_dtype)
-            comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
-            moments = network.encoder(vae.process_input(pixels).to(vae.device, vae.vae_dtype))
-            if hasattr(network, "quant_conv"):
-                moments = network.quant_conv(moments)
-            mean, log_variance = moments.float().cpu().chunk(2, 1)
-            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-            return mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
-
-        return encode
+        return self.exact_vae.decode(self.model.model.process_latent_out(z), on_tile)
 
     def condition(self, text: str) -> list:
         """Return the CONDITIONING connected to the node; texts are encoded by the user's CLIP."""
@@ -125,10 +88,7 @@ class ComfyNetworks:
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` is the device's out-of-memory; frees the cache if so."""
-        if isinstance(error, comfy.model_management.OOM_EXCEPTION):
-            comfy.model_management.soft_empty_cache()
-            return True
-        return False
+        return is_out_of_memory(error)
 
 
 class _OneStepSampler(comfy.samplers.Sampler):

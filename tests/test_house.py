@@ -10,9 +10,9 @@ CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
 RANKS = [
-    {"files", "image", "schedule", "tiles"},
-    {"color", "metrics", "plan", "vae_tiling", "filter_bank"},
-    {"checkpoints", "pipeline"},
+    {"files", "image", "schedule", "tiles", "vae_graph", "vae_planes", "vae_reach"},
+    {"color", "metrics", "plan", "vae_stream", "filter_bank"},
+    {"checkpoints", "pipeline", "vae_tiling"},
     {"sd21", "batch"},
     {"local"},
     {"training.data", "training.degradations", "training.identity"},

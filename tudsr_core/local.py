@@ -26,7 +26,7 @@ from .checkpoints import (
 from .pipeline import Model, Predict, Stage
 from .plan import NetworkFacts, StageLimits
 from .schedule import from_noise_level
-from .vae_tiling import TILE_PX, Reach, count_tiles, find_reaches, run_tiled
+from .vae_tiling import Doors, Place, TiledVAE, Tiling, draw
 
 log = logging.getLogger(__name__)
 
@@ -115,33 +115,47 @@ class Backbone:
     def facts(self) -> NetworkFacts:
         """What planning must know."""
         weights = sum(p.numel() * p.element_size() for m in (self.vae, self.unet) for p in m.parameters())
-        tiled = all(self.reaches)
+        vae = self.tiled_vae
+        tile = LOCAL_TILE_BYTES if not vae.steps and vae.is_tiled else SD_TILE_BYTES
         return NetworkFacts(
             latent_scale=self.latent_scale,
             multiple=max(8, self.latent_scale),
             weight_bytes=weights,
-            tile_bytes_per_pixel=(LOCAL_TILE_BYTES if tiled else SD_TILE_BYTES) * self.dtype.itemsize // 4,
-            picture_bytes_per_pixel=0 if tiled else SD_PICTURE_BYTES * self.dtype.itemsize // 4,
+            tile_bytes_per_pixel=max(tile * self.dtype.itemsize // 4, vae.tile_bytes() // Tiling().tile_px ** 2),
+            picture_bytes_per_pixel=0 if vae.is_tiled else SD_PICTURE_BYTES * self.dtype.itemsize // 4,
+            plane_bytes_per_pixel=vae.plane_bytes(1),
         )
 
     @cached_property
-    def reaches(self) -> tuple[Reach | None, Reach | None]:
-        """`Reach` of encoder and decoder, None where the network is not local."""
-        return find_reaches(
-            self.vae,
-            lambda x: self.moments(x)[0],
-            lambda z: self.vae.decode(z).sample,
-            self.latent_scale,
-            self.vae.config.latent_channels,
-            next(self.vae.parameters()),
+    def tiled_vae(self) -> TiledVAE:
+        """The autoencoder, tiled; it calls the modules of `vae` as they are at each call."""
+        doors = Doors(
+            encode=lambda x: self.moments((x * 2 - 1).to(self.device, self.dtype)).float().cpu(),
+            decode=lambda z: self.vae.decode(z.to(self.device, self.dtype)).sample.float().cpu() / 2 + 0.5,
+            prepare=lambda x: x * 2 - 1,
+            finish=lambda x: x / 2 + 0.5,
         )
+        place = Place(self.device, self.dtype, self.is_out_of_memory)
+        return TiledVAE(self.vae, doors, self.latent_scale, self.vae.config.latent_channels, place, self.free_bytes)
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return mean and standard deviation (None for autoencoders without one) for x in -1..1."""
+    def moments(self, x: Tensor) -> Tensor:
+        """Return mean and log variance, or plain latents for autoencoders without a posterior, of x in -1..1."""
         output = self.vae.encode(x)
         if hasattr(output, "latent_dist"):
-            return output.latent_dist.mean, output.latent_dist.std
-        return (output.latent if hasattr(output, "latent") else output.latents), None
+            return output.latent_dist.parameters
+        return output.latent if hasattr(output, "latent") else output.latents
+
+    def free_bytes(self) -> int:
+        """Free memory of a CUDA device; 0 elsewhere."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether `error` is the device's or the CPU allocator's "not enough memory"."""
+        if isinstance(error, torch.OutOfMemoryError):
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return True
+        return "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 class LocalNetworks:
@@ -162,24 +176,14 @@ class LocalNetworks:
 
     def vae_calls(self, size: tuple[int, int]) -> int:
         """Tiles of one encode plus one decode of `size` pixels."""
-        encode, decode = self.backbone.reaches
-        tiles = count_tiles(size, TILE_PX)
-        return (tiles if encode else 1) + (tiles if decode else 1)
+        return sum(self.backbone.tiled_vae.count(side, size) for side in ("encoder", "decoder"))
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
         """Return scaled float32 latents of `B 3 H W` in 0..1 on the CPU."""
         self.backbone.encoder_slot.use(self.encoder_updates)
-
-        def network(x: Tensor) -> Tensor:
-            mean, std = self.backbone.moments(self._in(x * 2 - 1))
-            return (mean if std is None else torch.cat([mean, std], 1)).float().cpu()
-
-        moments = run_tiled(network, pixels, self.backbone.reaches[0], TILE_PX, on_tile)
-        channels = self.backbone.vae.config.latent_channels
-        mean, std = moments[:, :channels], moments[:, channels:]
-        if seed is not None and std.shape[1]:
-            mean = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-        return mean * self.backbone.vae.config.scaling_factor
+        config = self.backbone.vae.config
+        moments = self.backbone.tiled_vae.encode(pixels, on_tile)
+        return draw(moments, config.latent_channels, seed) * config.scaling_factor
 
     def denoise(
         self, z: Tensor, t: int, condition: Tensor, part: tuple[int, ...], body: Callable[[Predict], Tensor]
@@ -200,12 +204,7 @@ class LocalNetworks:
 
     def decode(self, z: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W` for scaled latents, float32, on the CPU."""
-
-        def network(part: Tensor) -> Tensor:
-            return self.backbone.vae.decode(self._in(part)).sample.float().cpu() / 2 + 0.5
-
-        tile = TILE_PX // self.backbone.latent_scale
-        return run_tiled(network, z / self.backbone.vae.config.scaling_factor, self.backbone.reaches[1], tile, on_tile)
+        return self.backbone.tiled_vae.decode(z / self.backbone.vae.config.scaling_factor, on_tile)
 
     def condition(self, text: str) -> Tensor:
         """Return the embedding `1 tokens width` of `text`."""
@@ -213,11 +212,7 @@ class LocalNetworks:
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` is the device's or the CPU allocator's "not enough memory"."""
-        if isinstance(error, torch.OutOfMemoryError):
-            if self.backbone.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return True
-        return "DefaultCPUAllocator: can't allocate memory" in str(error)
+        return self.backbone.is_out_of_memory(error)
 
     def _in(self, x: Tensor) -> Tensor:
         return x.to(self.backbone.device, self.backbone.dtype)

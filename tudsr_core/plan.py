@@ -105,7 +105,8 @@ class NetworkFacts:
     `latent_scale`: pixels per latent. `multiple`: sides must be multiples of it, in pixels.
     `weight_bytes`: all weights in memory. `tile_bytes_per_pixel`: peak activations of one tile, per
     pixel of tile. `picture_bytes_per_pixel`: the same for an autoencoder that cannot be tiled and
-    sees the whole picture; 0 if it can.
+    sees the whole picture; 0 if it can. `plane_bytes_per_pixel`: activations of a tiled autoencoder
+    that wait in host memory (or on the device, when they fit), per pixel of picture.
     """
 
     latent_scale: int
@@ -113,6 +114,7 @@ class NetworkFacts:
     weight_bytes: int
     tile_bytes_per_pixel: int
     picture_bytes_per_pixel: int = 0
+    plane_bytes_per_pixel: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def plan_upscale(
         size=size,
         stages=tuple(stages),
         device_bytes=facts.weight_bytes + activations,
-        host_bytes=pixels * BYTES_PER_OUTPUT_PIXEL,
+        host_bytes=pixels * (BYTES_PER_OUTPUT_PIXEL + facts.plane_bytes_per_pixel),
     )
 
 

@@ -1,109 +1,190 @@
-"""Encoding and decoding large pictures in tiles, with a result equal to the untiled network.
+"""The one way through an autoencoder: encode and decode of any size in tiles, equal to the untiled network.
 
-This file covers autoencoders without global operations (no GroupNorm, no attention), such as the
-embedded model's: there a tile with enough real neighbours around it gives exactly the untiled
-values. Autoencoders with global operations are recognised and run untiled.
+Chooses how, per autoencoder: Stable Diffusion's are streamed step by step (`vae_graph`,
+`vae_stream`), purely local ones such as the embedded model's run as tiles with a halo
+(`vae_reach`), and what is neither runs on the whole picture and says so.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-Network = Callable[[Tensor], Tensor]
+from .vae_graph import Side, Step, UnknownTree, grids, read_steps, run_untiled
+from .vae_reach import Network, Reach, find_reaches, run_tiled
+from .vae_reach import count_tiles as count_local_tiles
+from .vae_stream import Place, Tiling, count_tiles, run_steps
 
-TILE_PX = 512
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest value; half types: 0.1
+_proven: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How a purely local network maps sizes and how far it looks.
+class Doors:
+    """An autoencoder as its owner calls it.
 
-    `scale`: output pixels per input pixel (1/4 for an f = 4 encoder, 4 for its decoder).
-    `halo`: input pixels beyond a block that can influence that block's output, per side.
+    `encode` and `decode` take and give whole tensors, float32 on the CPU: pixels `B 3 H W` in 0..1,
+    moments (mean, log variance) or plain latents, unscaled. `prepare` and `finish` are what they do
+    around the network itself (0..1 to -1..1 and back).
     """
 
-    scale: Fraction
-    halo: int
+    encode: Network
+    decode: Network
+    prepare: Network
+    finish: Network
 
 
-@torch.inference_mode()
-def measure_reach(network: Network, channels: int, unit: int, like: Tensor, limit: int = 32) -> Reach | None:
-    """Find the `Reach` of `network` by following one NaN, or None when it spreads everywhere.
+class TiledVAE:
+    """An autoencoder of any kind, encoded and decoded in tiles.
 
-    NaN survives every operation, so the NaNs in the output of a picture with one bad block are
-    exactly what can depend on that block. `unit` is the smallest block in input pixels (4 for an
-    f = 4 encoder, 1 for its decoder); `limit` is the largest halo looked for, in units.
+    `scale`: pixels per latent. `latents`: channels of a latent. `free_bytes` says how much of the
+    device's memory is free, for `Tiling.planes` "auto".
     """
-    side = (2 * limit + 1) * unit
-    probe = torch.zeros(1, channels, side, side, device=like.device, dtype=like.dtype)
-    middle = slice(limit * unit, (limit + 1) * unit)
-    probe[..., middle, middle] = math.nan
-    output = network(probe)
-    touched = torch.isnan(output).any(dim=1)[0]
-    rows = torch.nonzero(touched.any(1)).flatten()
-    out_unit = output.shape[-1] // (2 * limit + 1)
-    first, last = int(rows.min()), int(rows.max())
-    if first == 0 or last == output.shape[-1] - 1:
-        return None
-    halo = max(limit * out_unit - first, last + 1 - (limit + 1) * out_unit)
-    return Reach(Fraction(output.shape[-1], side), math.ceil(halo / out_unit) * unit)
+
+    def __init__(
+        self, vae: nn.Module, doors: Doors, scale: int, latents: int, place: Place, free_bytes: Callable[[], int]
+    ) -> None:
+        self.vae, self.doors, self.scale, self.latents = vae, doors, scale, latents
+        self.place, self.free_bytes = place, free_bytes
+
+    @cached_property
+    def steps(self) -> dict[Side, list[Step]]:
+        """Encoder and decoder as steps; empty if the module tree is not Stable Diffusion's."""
+        try:
+            return {side: read_steps(self.vae, side) for side in ("encoder", "decoder")}
+        except UnknownTree as unknown:
+            if not all(self.reaches):
+                log.warning("this autoencoder cannot be tiled exactly (%s); it runs on whole pictures", unknown)
+            return {}
+
+    @cached_property
+    def reaches(self) -> tuple[Reach | None, Reach | None]:
+        """`Reach` of encoder and decoder, None where the network is not local."""
+        like = torch.zeros(1)
+        return find_reaches(self.vae, self.doors.encode, self.doors.decode, self.scale, self.latents, like)
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether device memory is bounded by the tile, not by the picture."""
+        return bool(self.steps) or all(self.reaches)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, on_tile: Callable[[], None], tiling: Tiling | None = None) -> Tensor:
+        """Return moments or latents, float32 on the CPU, of `B 3 H W` in 0..1."""
+        tiling = tiling or Tiling()
+        if self._streams("encoder"):
+            return self._stream("encoder", self.doors.prepare(pixels), on_tile, tiling)
+        return run_tiled(self.doors.encode, pixels, self.reaches[0], tiling.tile_px, on_tile)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, on_tile: Callable[[], None], tiling: Tiling | None = None) -> Tensor:
+        """Return pixels `B 3 H W`, nominally 0..1, float32 on the CPU, of unscaled latents."""
+        tiling = tiling or Tiling()
+        if self._streams("decoder"):
+            return self.doors.finish(self._stream("decoder", z, on_tile, tiling))
+        return run_tiled(self.doors.decode, z, self.reaches[1], tiling.tile_px // self.scale, on_tile)
+
+    def count(self, side: Side, size: tuple[int, int], tiling: Tiling | None = None) -> int:
+        """Return how often `on_tile` will be called for one picture of `size` pixels."""
+        tiling = tiling or Tiling()
+        if self.steps:
+            small = tuple(length // self.scale for length in size)
+            return count_tiles(self.steps[side], self._start(side), small if side == "decoder" else size, tiling)
+        return count_local_tiles(size, tiling.tile_px) if self.reaches[side == "decoder"] else 1
+
+    def tile_bytes(self, tiling: Tiling | None = None) -> int:
+        """Return the peak memory of one tile on the device."""
+        tiling = tiling or Tiling()
+        return max(
+            (_tile_bytes(self.steps[s], self._start(s), tiling, self.place.dtype) for s in self.steps), default=0
+        )
+
+    def plane_bytes(self, pixels: int, side: Side | None = None) -> int:
+        """Return the memory of the activations of a picture of so many pixels between passes."""
+        half = self.place.dtype == torch.float16
+        sides = [side] if side else list(self.steps)
+        channels = max((_live_channels(self.steps[s], self._start(s), half) for s in sides), default=0)
+        return int(channels * pixels * self.place.dtype.itemsize)
+
+    def _start(self, side: Side) -> Fraction:
+        return Fraction(1) if side == "encoder" else Fraction(1, self.scale)
+
+    def _stream(self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: Tiling) -> Tensor:
+        if tiling.planes == "auto":
+            area = x.shape[-2] * x.shape[-1] * (1 if side == "encoder" else self.scale**2)
+            needed = self.plane_bytes(area, side) + 2 * self.tile_bytes(tiling)
+            fits = self.place.device.type == "cpu" or needed < self.free_bytes()
+            tiling = replace(tiling, planes="device" if fits else "host")
+        parts = [run_steps(self.steps[side], self._start(side), one, self.place, tiling, on_tile) for one in x.split(1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _streams(self, side: Side) -> bool:
+        """Whether to stream: the tree is known, and on a small probe the steps give what the modules give."""
+        if not self.steps:
+            return False
+        tree = getattr(self.vae, side)
+        if tree not in _proven:
+            if not self._agrees(side):
+                log.warning("the %s's steps do not give the modules' result; it runs on whole pictures", side)
+                self.steps.clear()
+                return False
+            _proven.add(tree)
+        return True
+
+    def _agrees(self, side: Side) -> bool:
+        unit, channels = (self.scale, 3) if side == "encoder" else (1, self.latents)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, channels, 3 * unit, 2 * unit, generator=generator)
+        truth = run_untiled(self.vae, side, probe.to(self.place.device, self.place.dtype)).cpu()
+        if not truth.isfinite().all():
+            return True
+        tiling = Tiling(self.scale, "device")
+        ours = run_steps(self.steps[side], self._start(side), probe, self.place, tiling, lambda: None)
+        bound = TOLERANCE.get(self.place.dtype, 0.1) * float(truth.abs().max())
+        return ours.shape == truth.shape and float((ours - truth).abs().max()) <= bound
 
 
-def find_reaches(
-    vae: nn.Module, encode: Network, decode: Network, scale: int, latents: int, like: Tensor
-) -> tuple[Reach | None, Reach | None]:
-    """Return the reach of `encode` and of `decode`; None, None without trying if `vae` has GroupNorm.
-
-    `scale` is pixels per latent, `latents` the latent's channels; `like` gives device and dtype.
-    """
-    if any(isinstance(module, nn.GroupNorm) for module in vae.modules()):
-        return None, None
-    return measure_reach(encode, 3, scale, like, limit=12), measure_reach(decode, latents, 1, like, limit=12)
+def draw(moments: Tensor, latents: int, seed: int | None) -> Tensor:
+    """Return the posterior's mode for moments `B 2C h w` (or plain latents `B C h w`), or with `seed` a sample."""
+    mean, log_variance = moments[:, :latents], moments[:, latents:]
+    if seed is None or not log_variance.shape[1]:
+        return mean
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
+    return mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
 
 
-def count_tiles(size: tuple[int, int], tile: int) -> int:
-    """Return how many tiles `run_tiled` makes of an input of `size` with cores of `tile`."""
-    return math.ceil(size[0] / tile) * math.ceil(size[1] / tile)
+def _tile_bytes(steps: list[Step], start: Fraction, tiling: Tiling, dtype: torch.dtype) -> int:
+    """A tile's input in the planes' and the norm's dtype, the convolution's two ends, and the statistics' copy."""
+    wide = max(4, dtype.itemsize)
+    largest = 0
+    for step, scale in grids(steps, start):
+        inside, outside = step.channels
+        if getattr(step, "resample", "") == "up":
+            inside *= 1.25
+        area = (tiling.tile_px * scale + 2) ** 2
+        largest = max(largest, area * (inside * (wide + dtype.itemsize) + outside * (wide + 2 * dtype.itemsize)))
+    return int(largest)
 
 
-def run_tiled(network: Network, image: Tensor, reach: Reach | None, tile: int, on_tile: Callable[[], None]) -> Tensor:
-    """Return `network(image)` computed in cores of `tile` input pixels plus the halo.
-
-    Cores partition the input; each is read with `reach.halo` real neighbours, clipped at the true
-    borders, where the network's own zero padding applies as in the untiled run. One picture of
-    the batch is computed at a time. Without a reach, the whole batch is computed at once.
-    """
-    if reach is None:
-        result = network(image)
-        on_tile()
-        return result
-    batch, _, height, width = image.shape
-    output = None
-    for index in range(batch):
-        for top in range(0, height, tile):
-            for left in range(0, width, tile):
-                core = _run_core(network, image[index : index + 1], top, left, reach, tile)
-                if output is None:
-                    size = int(height * reach.scale), int(width * reach.scale)
-                    output = core.new_empty(batch, core.shape[1], *size)
-                y, x = int(top * reach.scale), int(left * reach.scale)
-                output[index, :, y : y + core.shape[-2], x : x + core.shape[-1]] = core[0]
-                on_tile()
-    return output
-
-
-def _run_core(network: Network, image: Tensor, top: int, left: int, reach: Reach, tile: int) -> Tensor:
-    height, width = image.shape[-2:]
-    bottom, right = min(top + tile, height), min(left + tile, width)
-    y0, x0 = max(0, top - reach.halo), max(0, left - reach.halo)
-    y1, x1 = min(height, bottom + reach.halo), min(width, right + reach.halo)
-    result = network(image[..., y0:y1, x0:x1])
-    start_y, start_x = int((top - y0) * reach.scale), int((left - x0) * reach.scale)
-    core_h, core_w = int((bottom - top) * reach.scale), int((right - left) * reach.scale)
-    return result[..., start_y : start_y + core_h, start_x : start_x + core_w]
+def _live_channels(steps: list[Step], start: Fraction, whole_input: bool) -> Fraction:
+    """Channels per pixel of the picture that wait at once, at most; inputs are freed as they are used."""
+    x, skip, most = Fraction(0), Fraction(0), Fraction(0)
+    for step, scale in grids(steps, start):
+        y, role, before = step.channels[1] * scale**2, getattr(step, "skip", ""), x + skip
+        if role == "open":
+            skip = x if step.shortcut is None else step.shortcut.out_channels * scale**2
+        elif role == "close":
+            skip = Fraction(0)
+        aside = skip if role == "open" and step.shortcut is not None else 0
+        most = max(most, before + y + aside if whole_input else max(before, y + skip))
+        x = y
+    return most

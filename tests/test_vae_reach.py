@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tudsr_core.vae_tiling import count_tiles, measure_reach, run_tiled
+from tudsr_core.vae_reach import count_tiles, measure_reach, run_tiled
 
 
 def local_encoder():

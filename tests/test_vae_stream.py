@@ -1,0 +1,274 @@
+"""Tiled against untiled: the modules themselves, run on the whole picture, are the truth."""
+
+import copy
+import weakref
+from fractions import Fraction
+
+import pytest
+import torch
+from small_vae import contents, make_vae
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tudsr_core import vae_planes, vae_stream
+from tudsr_core.vae_graph import read_steps, run_untiled
+from tudsr_core.vae_planes import reserve
+from tudsr_core.vae_stream import Place, Tiling, attend, count_tiles, run_steps
+
+START = {"encoder": Fraction(1), "decoder": Fraction(1, 8)}
+SIZES = {"encoder": (3, 152, 213), "decoder": (4, 19, 27)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiles of these sizes are not worth a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def place(dtype, fails=lambda error: False):
+    return Place(torch.device("cpu"), dtype, fails)
+
+
+def tiled(vae, side, x, tiling, on_tile=lambda: None, fails=lambda error: False):
+    steps, where = read_steps(vae, side), place(next(vae.parameters()).dtype, fails)
+    return torch.cat([run_steps(steps, START[side], one, where, tiling, on_tile) for one in x.split(1)])
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("tile", [8, 16, 17, 40])
+def test_float64_equals_untiled(side, tile):
+    vae = make_vae()
+    for name, x in contents(*SIZES[side]).items():
+        truth = run_untiled(vae, side, x)
+        for planes in ("device", "host"):
+            error = (tiled(vae, side, x, Tiling(tile * 8, planes)) - truth).abs().max()
+            assert error <= 1e-12, (name, planes, float(error))
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("tile", [8, 17])
+def test_float32_equals_untiled(side, tile):
+    vae = make_vae(torch.float32)
+    for name, x in contents(*SIZES[side]).items():
+        error = (
+            (tiled(vae, side, x.float(), Tiling(tile * 8, "device")) - run_untiled(vae, side, x.float())).abs().max()
+        )
+        assert error <= 5e-5, (name, float(error))
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_bfloat16_is_as_close_to_the_truth_as_untiled(side):
+    exact, rough = make_vae(), make_vae(torch.bfloat16)
+    x = contents(*SIZES[side])["random"]
+    truth = run_untiled(exact, side, x)
+    plain, ours = (run_untiled(rough, side, x.bfloat16()), tiled(rough, side, x.float(), Tiling(128, "device")))
+    assert (ours - truth).square().mean() < 1.5 * (plain - truth).square().mean()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 15), (8, 100), (31, 8)])
+def test_any_size_of_the_encoder(size):
+    vae = make_vae()
+    x = contents(3, *size, batch=1)["random"]
+    assert (tiled(vae, "encoder", x, Tiling(16, "device")) - run_untiled(vae, "encoder", x)).abs().max() < 1e-12
+
+
+SHALLOW = dict(block_out_channels=(8, 16), norm_num_groups=4) | {
+    f"{way}_block_types": (f"{way.capitalize()}{kind}coderBlock2D",) * 2 for way, kind in (("down", "En"), ("up", "De"))
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        (dict(use_quant_conv=False, use_post_quant_conv=False), 8),
+        (dict(mid_block_add_attention=False), 8),
+        (SHALLOW | dict(layers_per_block=1), 2),
+    ],
+)
+def test_other_shapes_of_the_same_family(config, scale):
+    vae = make_vae(**config)
+    x, z = contents(3, 40, 56, 1)["gradient"], contents(4, 40 // scale, 56 // scale, 1)["halves"]
+    for side, given, start in (("encoder", x, Fraction(1)), ("decoder", z, Fraction(1, scale))):
+        ours = run_steps(read_steps(vae, side), start, given, place(z.dtype), Tiling(24, "device"), lambda: None)
+        assert (ours - run_untiled(vae, side, given)).abs().max() < 1e-12
+
+
+def test_every_tile_ticks_once_and_can_cancel():
+    vae, x, ticks = make_vae(torch.float32), torch.randn(1, 4, 19, 27), []
+    for attention in ("exact", "windowed"):
+        tiling = Tiling(64, "device", attention)
+        ticks.clear()
+        tiled(vae, "decoder", x, tiling, lambda: ticks.append(1))
+        assert len(ticks) == count_tiles(read_steps(vae, "decoder"), START["decoder"], (19, 27), tiling)
+
+    def stop():
+        ticks.append(1)
+        if len(ticks) == 5:
+            raise KeyboardInterrupt
+
+    ticks.clear()
+    with pytest.raises(KeyboardInterrupt):
+        tiled(vae, "decoder", x, Tiling(64, "device"), stop)
+    assert len(ticks) == 5
+
+
+def test_windowed_attention_is_close_but_not_exact():
+    vae = make_vae()
+    z = contents(4, 16, 16, batch=1)["random"]
+    truth = run_untiled(vae, "decoder", z)
+    near = tiled(vae, "decoder", z, Tiling(32, "device", "windowed"))
+    assert 1e-9 < (near - truth).abs().mean() < 0.2 * truth.abs().mean()
+    whole = tiled(vae, "decoder", z, Tiling(128, "device", "windowed"))
+    assert (whole - truth).abs().max() < 1e-12
+
+
+def test_threads_change_nothing_that_can_be_seen():
+    vae, z, results = make_vae(torch.float32), torch.randn(1, 4, 19, 27), []
+    for count in (1, 2, 1):
+        torch.set_num_threads(count)
+        results.append(tiled(vae, "decoder", z, Tiling(64, "device")))
+    assert torch.equal(results[0], results[2])
+    assert (results[0] - results[1]).abs().max() <= 1e-6 * results[0].abs().max()
+
+
+class Shy(torch.nn.Module):
+    """A convolution that runs out of memory on tiles of more than `most` pixels."""
+
+    def __init__(self, inner, most):
+        super().__init__()
+        self.base_layer, self.most, self.calls = inner, most, []
+
+    def forward(self, x):
+        self.calls.append(tuple(x.shape[-2:]))
+        if x.shape[-2] * x.shape[-1] > self.most:
+            raise torch.OutOfMemoryError("simulated")
+        return self.base_layer(x)
+
+
+def test_out_of_memory_halves_the_tile_where_it_is_and_keeps_the_result(caplog):
+    vae = make_vae()
+    z = contents(4, 19, 27, batch=1)["random"]
+    truth = run_untiled(vae, "decoder", z)
+    shy = vae.decoder.conv_out = Shy(vae.decoder.conv_out, 40 * 70)
+    out = tiled(vae, "decoder", z, Tiling(64, "device"), fails=lambda error: isinstance(error, torch.OutOfMemoryError))
+    assert (out - truth).abs().max() < 1e-12
+    failed = [size for size in shy.calls if size[0] * size[1] > 40 * 70]
+    assert len(failed) == 1, "the following tiles must begin small"
+    shy.most = 4
+    with pytest.raises(MemoryError, match="smallest tiles"):
+        tiled(vae, "decoder", z, Tiling(64, "device"), fails=lambda error: isinstance(error, torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        tiled(vae, "decoder", z, Tiling(64, "device"))
+
+
+class Saturating(torch.nn.Module):
+    """A convolution whose float16 result overflows; what float16 does with large activations."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.base_layer = inner
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        return y * torch.inf if y.dtype == torch.float16 else y
+
+
+@pytest.mark.parametrize("at", ["mid_block.resnets.0.conv2", "up_blocks.1.upsamplers.0.conv", "conv_out"])
+def test_a_step_that_overflows_float16_is_done_in_float32(at, caplog):
+    vae = make_vae(torch.float16)
+    z = contents(4, 9, 12, batch=1)["random"].float()
+    truth = run_untiled(make_vae(torch.float32), "decoder", z)
+    parent, name = vae.decoder.get_submodule(at.rpartition(".")[0]), at.rpartition(".")[2]
+    setattr(parent, name, Saturating(getattr(parent, name)))
+    with caplog.at_level("INFO"):
+        out = tiled(vae, "decoder", z, Tiling(32, "host"))
+    assert (out - truth).abs().max() < 0.05 * truth.abs().max()
+    assert caplog.text.count("overflowed float16") == 1
+
+
+def test_large_residuals_travel_in_float32():
+    """Sums beyond float16's 65504 stay right from the step that overflowed to the end."""
+    half = make_vae(torch.float16)
+    for block in half.decoder.mid_block.resnets:
+        block.conv2.bias[::2] = 6e4
+    z = contents(4, 9, 12, batch=1)["random"].float()
+    truth = run_untiled(torch.nn.Module.to(copy.deepcopy(half), torch.float32), "decoder", z)
+    assert not run_untiled(half, "decoder", z.half()).isfinite().all()
+    out = tiled(half, "decoder", z, Tiling(32, "host"))
+    assert (out - truth).abs().max() < 0.05 * truth.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_attention_in_chunks_is_softmax_over_all_keys(chunk):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 8, generator=generator).double() * 4 for n in (5, 64, 64))
+    scores = (q @ k.mT) / 8**0.5
+    wanted = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v
+    assert (attend(q, k, v, chunk) - wanted).abs().max() < 1e-12
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is on, as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor, tensor.untyped_storage().nbytes())
+        return result
+
+    def count(self, tensor, size):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = size
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key):
+        self.live -= self.sizes.pop(key)
+
+
+def device_peak(vae, start, z, tiling, monkeypatch):
+    """Return the most bytes alive at once on the device, which on a CPU is all but the planes."""
+    live = LiveBytes()
+
+    def uncounted(*args):
+        with no_dispatch():
+            memory = reserve(*args)
+        live.count(memory, 0)
+        return memory
+
+    for module in (vae_planes, vae_stream):
+        monkeypatch.setattr(module, "reserve", uncounted)
+    live.count(z, 0)
+    with live:
+        run_steps(read_steps(vae, "decoder"), start, z, place(z.dtype), tiling, lambda: None)
+    return live.peak
+
+
+def test_device_memory_does_not_grow_from_2048_to_4096_pixels(monkeypatch):
+    narrow = dict(block_out_channels=(2,) * 4, norm_num_groups=1, layers_per_block=0, mid_block_add_attention=False)
+    vae = make_vae(torch.float32, **narrow)
+    small, large = (
+        device_peak(vae, START["decoder"], torch.randn(1, 4, side, side), Tiling(512, "host"), monkeypatch)
+        for side in (256, 512)
+    )
+    assert large <= 1.1 * small
+    assert small < 2048 * 2048 * 2 * 4, "not even one whole plane"
+
+
+def test_device_memory_of_the_attention_does_not_grow(monkeypatch):
+    vae = make_vae(torch.float32, **SHALLOW, layers_per_block=0)
+    small, large = (
+        device_peak(vae, Fraction(1, 2), torch.randn(1, 4, side, side), Tiling(32, "host"), monkeypatch)
+        for side in (48, 96)
+    )
+    assert large <= 1.1 * small

@@ -1,0 +1,164 @@
+"""Activations that wait outside the compute device: planes in row bands, their statistics, and the way to and fro.
+
+Knows tensors and devices, not networks. A plane is one picture's activation `C H W`; tiles of it
+travel as `1 C h w`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+Job = TypeVar("Job")
+
+
+def spans(length: int, side: int, unit: int = 1) -> list[Span]:
+    """Cut 0..length into the fewest near-equal spans of at most `side`; inner borders are multiples of `unit`."""
+    count = max(1, -(-length // max(side, unit)))
+    edges = [i * length // count // unit * unit for i in range(count)] + [length]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def reserve(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory in which activations wait between passes."""
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+class Plane:
+    """One activation `C H W`, kept as row bands so that what has been used can be freed before the rest."""
+
+    def __init__(self, channels: int, rows: list[Span], width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.channels, self.rows, self.width, self.dtype, self.device = channels, rows, width, dtype, device
+        self.bands: list[Tensor | None] = [None] * len(rows)
+        self._sums: list[tuple[int, Tensor]] = []
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Plane:
+        """Return a plane that reads from and writes to `tensor`, `C H W`."""
+        plane = cls(len(tensor), [(0, tensor.shape[1])], tensor.shape[2], tensor.dtype, tensor.device)
+        plane.bands = [tensor]
+        return plane
+
+    @property
+    def height(self) -> int:
+        """Rows of the whole plane."""
+        return self.rows[-1][1]
+
+    def read(self, rows: Span, columns: Span, into: Tensor) -> Tensor:
+        """Copy that part into `into` (`1 C h w`) and return it."""
+        for (top, bottom), band in zip(self.rows, self.bands, strict=True):
+            first, last = max(top, rows[0]), min(bottom, rows[1])
+            if first < last:
+                part = band[:, first - top : last - top, columns[0] : columns[1]]
+                into[0, :, first - rows[0] : last - rows[0]].copy_(part)
+        return into
+
+    def write(self, rows: Span, columns: Span, tile: Tensor) -> None:
+        """Put `1 C h w` in its place; a tile must not cross bands."""
+        number = next(i for i, (top, bottom) in enumerate(self.rows) if top <= rows[0] and rows[1] <= bottom)
+        top, bottom = self.rows[number]
+        if self.bands[number] is None:
+            size = self.channels, bottom - top, self.width
+            self.bands[number] = reserve(size, self.dtype, self.device)
+        self.bands[number][:, rows[0] - top : rows[1] - top, columns[0] : columns[1]].copy_(tile[0])
+
+    def free(self, before: int) -> None:
+        """Drop the bands that lie wholly above row `before`."""
+        for number, (_, bottom) in enumerate(self.rows):
+            if bottom <= before:
+                self.bands[number] = None
+
+    def measure(self, tile: Tensor) -> None:
+        """Add a tile `1 C h w` to the statistics; tiles must partition the plane, without halo."""
+        values = tile[0].flatten(1)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        mean = values.mean(1)
+        off = values - mean[:, None]
+        self._sums.append((values.shape[1], torch.stack([mean, torch.linalg.vecdot(off, off)])))
+
+    def moments(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU.
+
+        Merged exactly from the tiles, with the variance between them (Chan, Golub and LeVeque 1983).
+        """
+        counts = torch.tensor([count for count, _ in self._sums], dtype=torch.float64)
+        sums = torch.stack([pair for _, pair in self._sums]).cpu().double()
+        means, squares = sums.unflatten(2, (groups, -1)).unbind(1)  # tiles, groups, channels of a group
+        total = counts.sum() * means.shape[2]
+        weights = counts[:, None, None]
+        mean = (weights * means).sum((0, 2)) / total
+        between = (weights * (means - mean[:, None]).square()).sum((0, 2))
+        return mean, (squares.sum((0, 2)) + between) / total
+
+    def is_finite(self) -> bool:
+        """Whether every measured value is finite."""
+        return bool(torch.stack([pair for _, pair in self._sums]).isfinite().all())
+
+
+class Lane:
+    """Carries tiles between planes and the compute device.
+
+    Where planes wait in host memory and the device is CUDA, the next tile is brought while the
+    current one is computed, through pinned buffers on streams of their own, one transfer per tile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ahead = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self.ahead else []
+        self._pending: list[tuple[torch.cuda.Event, Plane, Span, Span, Tensor]] = []
+
+    def feed(self, jobs: Iterable[Job], fetch: Callable[[Job], tuple]) -> Iterator[tuple[Job, tuple]]:
+        """Yield each job with `fetch(job)`, fetched one job ahead where that overlaps with computing."""
+        if not self.ahead:
+            for job in jobs:
+                yield job, fetch(job)
+            return
+        waiting: tuple[Job, tuple] | None = None
+        for job in jobs:
+            ready, waiting = waiting, (job, fetch(job))
+            if ready is not None:
+                yield ready
+        if waiting is not None:
+            yield waiting
+
+    def fetch(self, plane: Plane, rows: Span, columns: Span) -> Tensor:
+        """Return that part of the plane, `1 C h w`, as a new tensor on the compute device."""
+        size = 1, plane.channels, rows[1] - rows[0], columns[1] - columns[0]
+        crossing = self.ahead and plane.device.type == "cpu"
+        part = plane.read(rows, columns, torch.empty(size, dtype=plane.dtype, device=plane.device, pin_memory=crossing))
+        if not crossing:
+            return part.to(self.device)
+        with torch.cuda.stream(self._streams[0]):
+            moved = part.to(self.device, non_blocking=True)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self._streams[0])
+        moved.record_stream(compute)
+        return moved
+
+    def store(self, plane: Plane, rows: Span, columns: Span, tile: Tensor) -> None:
+        """Put a computed tile into its plane, now or by the next `flush`."""
+        if not (self.ahead and plane.device.type == "cpu"):
+            plane.write(rows, columns, tile)
+            return
+        self.flush(keep=1)
+        out = self._streams[1]
+        out.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(out):
+            host = torch.empty(tile.shape, dtype=tile.dtype, pin_memory=True)
+            host.copy_(tile, non_blocking=True)
+            tile.record_stream(out)
+            done = torch.cuda.Event()
+            done.record(out)
+        self._pending.append((done, plane, rows, columns, host))
+
+    def flush(self, keep: int = 0) -> None:
+        """Wait until at most `keep` stored tiles are still on their way."""
+        while len(self._pending) > keep:
+            done, plane, rows, columns, host = self._pending.pop(0)
+            done.synchronize()
+            plane.write(rows, columns, host)
