@@ -18,6 +18,7 @@ def load_extension():
         from .plan import Plan
         from .tiles import MultiDiffusion
         from .upscale import StageOne, StageTwo, Upscale
+        from .vae import VAEDecode, VAEEncode
     except Exception:
         log.exception("comfyui-tudsr could not be loaded")
         raise
@@ -32,6 +33,8 @@ def load_extension():
         OneStepSigmas,
         OneStepLatent,
         MultiDiffusion,
+        VAEEncode,
+        VAEDecode,
         ColorFix,
     ]
 

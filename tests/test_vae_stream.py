@@ -53,10 +53,10 @@ def test_float64_equals_untiled(side, tile):
 def test_float32_equals_untiled(side, tile):
     vae = make_vae(torch.float32)
     for name, x in contents(*SIZES[side]).items():
-        error = (
-            (tiled(vae, side, x.float(), Tiling(tile * 8, "device")) - run_untiled(vae, side, x.float())).abs().max()
-        )
-        assert error <= 5e-5, (name, float(error))
+        ours = tiled(vae, side, x.float(), Tiling(tile * 8, "device"))
+        # One picture at a time: untiled, a batch of two is itself off by 1e-4 on constant pictures.
+        truth = torch.cat([run_untiled(vae, side, one.float()) for one in x.split(1)])
+        assert (ours - truth).abs().max() <= 5e-5, (name, float((ours - truth).abs().max()))
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])

@@ -58,7 +58,7 @@ class TiledVAE:
 
     @cached_property
     def steps(self) -> dict[Side, list[Step]]:
-        """Encoder and decoder as steps; empty if the module tree is not Stable Diffusion's."""
+        """Encoder and decoder as steps; a side is missing if its module tree is not Stable Diffusion's."""
         try:
             return {side: read_steps(self.vae, side) for side in ("encoder", "decoder")}
         except UnknownTree as unknown:
@@ -75,7 +75,7 @@ class TiledVAE:
     @property
     def is_tiled(self) -> bool:
         """Whether device memory is bounded by the tile, not by the picture."""
-        return bool(self.steps) or all(self.reaches)
+        return len(self.steps) == 2 or all(self.reaches)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, on_tile: Callable[[], None], tiling: Tiling | None = None) -> Tensor:
@@ -96,7 +96,7 @@ class TiledVAE:
     def count(self, side: Side, size: tuple[int, int], tiling: Tiling | None = None) -> int:
         """Return how often `on_tile` will be called for one picture of `size` pixels."""
         tiling = tiling or Tiling()
-        if self.steps:
+        if side in self.steps:
             small = tuple(length // self.scale for length in size)
             return count_tiles(self.steps[side], self._start(side), small if side == "decoder" else size, tiling)
         return count_local_tiles(size, tiling.tile_px) if self.reaches[side == "decoder"] else 1
@@ -129,13 +129,13 @@ class TiledVAE:
 
     def _streams(self, side: Side) -> bool:
         """Whether to stream: the tree is known, and on a small probe the steps give what the modules give."""
-        if not self.steps:
+        if side not in self.steps:
             return False
         tree = getattr(self.vae, side)
         if tree not in _proven:
             if not self._agrees(side):
                 log.warning("the %s's steps do not give the modules' result; it runs on whole pictures", side)
-                self.steps.clear()
+                del self.steps[side]
                 return False
             _proven.add(tree)
         return True

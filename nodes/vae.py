@@ -1,0 +1,111 @@
+"""Exact tiled VAE encode and decode as nodes: the untiled result with the memory of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io
+
+from ..tudsr_core.vae_tiling import Side, Tiling, draw
+from .exact_vae import ExactVAE
+from .tiles import CATEGORY
+
+DEFAULTS = Tiling()
+
+
+def tiling_inputs() -> list:
+    """Return the inputs of both nodes, after the picture and the VAE."""
+    return [
+        io.Int.Input(
+            "tile",
+            default=DEFAULTS.tile_px,
+            min=64,
+            max=4096,
+            step=64,
+            tooltip="Side of a tile in pixels. The result does not depend on it: lower it when memory runs out, "
+            "raise it on a large GPU.",
+        ),
+        io.Combo.Input(
+            "planes",
+            options=["auto", "host", "device"],
+            default=DEFAULTS.planes,
+            tooltip="Where activations wait between passes. device is faster, host needs no more GPU memory than a "
+            "tile; auto takes the device when they fit there.",
+        ),
+        io.Combo.Input(
+            "attention",
+            options=["exact", "windowed"],
+            default=DEFAULTS.attention,
+            tooltip="exact: the same picture as without tiles. windowed: NOT exact, but much faster on pictures "
+            "above about 4096 x 4096, whose global attention takes minutes.",
+        ),
+    ]
+
+
+def progress(vae: ExactVAE, side: Side, size: tuple[int, int], batch: int, tiling: Tiling) -> Callable[[], None]:
+    """Return an `on_tile` that moves ComfyUI's bar and raises when the user cancels."""
+    bar = comfy.utils.ProgressBar(batch * vae.tiled.count(side, size, tiling))
+
+    def on_tile() -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    return on_tile
+
+
+class VAEEncode(io.ComfyNode):
+    """IMAGE to LATENT."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSRVAEEncode",
+            display_name="Exact Tiled VAE Encode",
+            category=CATEGORY,
+            description="Encodes pictures of any size with the memory of one tile, and gives the latent that VAE "
+            "Encode would give with enough memory: no seams, no drift of colour or contrast.",
+            inputs=[
+                io.Image.Input("pixels", tooltip="One or more pictures."),
+                io.Vae.Input(
+                    "vae", tooltip="Any Stable Diffusion VAE (1.x, 2.x, XL, 3, Flux) or the embedded model's."
+                ),
+                *tiling_inputs(),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+        )
+
+    @classmethod
+    def execute(cls, pixels, vae, tile, planes, attention) -> io.NodeOutput:
+        exact, tiling = ExactVAE(vae), Tiling(tile, planes, attention)
+        image = vae.vae_encode_crop_pixels(pixels[..., :3]).movedim(-1, 1).float()
+        on_tile = progress(exact, "encoder", tuple(image.shape[-2:]), len(image), tiling)
+        return io.NodeOutput({"samples": draw(exact.encode(image, on_tile, tiling), vae.latent_channels, None)})
+
+
+class VAEDecode(io.ComfyNode):
+    """LATENT to IMAGE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSRVAEDecode",
+            display_name="Exact Tiled VAE Decode",
+            category=CATEGORY,
+            description="Decodes latents of any size with the memory of one tile, and gives the picture that VAE "
+            "Decode would give with enough memory: no seams, no drift of colour or contrast.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="One or more latents."),
+                io.Vae.Input("vae", tooltip="The VAE of the model that made the latent."),
+                *tiling_inputs(),
+            ],
+            outputs=[io.Image.Output(display_name="image")],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae, tile, planes, attention) -> io.NodeOutput:
+        exact, tiling, z = ExactVAE(vae), Tiling(tile, planes, attention), samples["samples"]
+        size = tuple(side * exact.scale for side in z.shape[-2:])
+        on_tile = progress(exact, "decoder", size, len(z), tiling)
+        return io.NodeOutput(exact.decode(z, on_tile, tiling).movedim(1, -1))
