@@ -10,13 +10,18 @@ CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
 RANKS = [
-    {"files", "image", "schedule", "tiles"},
-    {"color", "metrics", "plan", "vae_tiling", "filter_bank"},
-    {"checkpoints", "pipeline"},
-    {"sd21", "batch"},
+    {"files", "image", "schedule", "tiles", "known_files", "download"},
+    {"color", "metrics", "plan", "vae_tiling", "filter_bank", "methods", "tensor_files"},
+    {"adapters", "models.invsr"},
+    {"formats"},
+    {"checkpoints", "pipeline", "sd21"},
+    {"batch"},
     {"local"},
+    {"inspection"},
     {"training.data", "training.degradations", "training.identity"},
     {"evaluation", "training.embedded", "training.bank"},
+    {"console"},
+    {"cli_files"},
     {"cli"},
     {"__main__"},
 ]

@@ -209,7 +209,9 @@ def test_sd21_single_file_equals_the_folder(small_sd, tmp_path):
     vae, unet, embed = read_base(small_sd / "base")
     tensors = to_ldm(unet, vae)
     save_file(tensors, tmp_path / "single.safetensors")
-    made_vae, made_unet, _ = read_base(tmp_path / "single.safetensors", Architecture(SMALL_UNET, SMALL_VAE, SMALL_TEXT))
+    made_vae, made_unet, _ = read_base(
+        tmp_path / "single.safetensors", architecture=Architecture(SMALL_UNET, SMALL_VAE, SMALL_TEXT)
+    )
     for made, wanted in ((made_vae, vae), (made_unet, unet)):
         for key, value in wanted.state_dict().items():
             assert torch.equal(made.state_dict()[key], value), key
