@@ -52,7 +52,16 @@ class ComfyNetworks:
             tile_bytes_per_pixel=int(max(activations, tile)),
             picture_bytes_per_pixel=picture,
             plane_bytes_per_pixel=planes,
+            free_bytes=self._free_bytes(),
         )
+
+    def _free_bytes(self) -> int:
+        """Free memory of the device once the MODEL is there; 0 on a CPU."""
+        device = self.model.load_device
+        if comfy.model_management.is_device_cpu(device):
+            return 0
+        waiting = self.model.model_size() - self.model.loaded_size()
+        return max(0, int(comfy.model_management.get_free_memory(device)) - waiting)
 
     def vae_calls(self, size: tuple[int, int]) -> int:
         """Ticks of one encode plus one decode."""

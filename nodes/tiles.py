@@ -101,10 +101,10 @@ def tile_inputs(defaults: UpscaleOptions = DEFAULTS) -> list:
         io.Int.Input(
             "tile_batch",
             default=defaults.tile_batch,
-            min=1,
+            min=0,
             max=64,
-            tooltip="Tiles computed at once. Raise it on a large GPU for speed; lower it when memory runs out. "
-            "The picture does not depend on it.",
+            tooltip="Tiles computed at once. 0: as many as fit in free memory. Raise it on a large GPU for speed; "
+            "lower it when memory runs out. The picture does not depend on it.",
         ),
         io.Combo.Input(
             "window",
@@ -123,6 +123,8 @@ class MultiDiffusion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         tile, overlap, tile_batch, window = tile_inputs()
         window.default = "uniform"
+        # ComfyUI plans this MODEL's memory before the sampler runs, so the batch must be known.
+        tile_batch.default = tile_batch.min = 1
         return io.Schema(
             node_id="TUDSRMultiDiffusion",
             display_name="MultiDiffusion (Tiled)",

@@ -10,13 +10,18 @@ CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
 RANKS = [
-    {"files", "image", "schedule", "tiles", "vae_graph", "vae_planes", "vae_reach"},
-    {"color", "metrics", "plan", "vae_stream", "filter_bank"},
-    {"checkpoints", "pipeline", "vae_tiling"},
-    {"sd21", "batch"},
+    {"files", "image", "schedule", "tiles", "known_files", "download", "vae_graph", "vae_planes", "vae_reach"},
+    {"color", "metrics", "plan", "vae_stream", "filter_bank", "methods", "tensor_files"},
+    {"adapters", "models.invsr", "vae_tiling", "sweep"},
+    {"formats"},
+    {"checkpoints", "pipeline", "sd21"},
+    {"batch"},
     {"local"},
+    {"inspection"},
     {"training.data", "training.degradations", "training.identity"},
     {"evaluation", "training.embedded", "training.bank"},
+    {"console"},
+    {"cli_files"},
     {"cli"},
     {"__main__"},
 ]

@@ -79,14 +79,15 @@ def test_pointwise_network_tiled_equals_untiled(noise):
 
 def test_tiled_step_equals_the_published_blend(noise):
     """z_H of a position-dependent network against a slow average written out (tiles 64 / 32)."""
-    from tudsr_core.pipeline import restore_latent
+    from tudsr_core.pipeline import Start, restore_latent
+    from tudsr_core.sweep import Sweep
     from tudsr_core.tiles import plan_tiles
 
     z = noise(1, 4, 96, 160) - 0.5
     ramp = torch.linspace(0, 1, 64).view(1, 1, 64, 1)
     model = identity_model(eps=lambda tile: tile * ramp)
-    options = UpscaleOptions(window="published")
-    ours = restore_latent(z, model.first, plan_tiles(96, 160, 64, 32, spacing="stride"), options, lambda preview: None)
+    sweep = Sweep(plan_tiles(96, 160, 64, 32, spacing="stride"), "published")
+    ours = restore_latent(Start(z), model.first, sweep, lambda preview: None)
     above, below = torch.zeros(1, 4, 96, 160, dtype=torch.float64), torch.zeros(96, 160, dtype=torch.float64)
 
     def density(i, middle):
@@ -103,15 +104,52 @@ def test_tiled_step_equals_the_published_blend(noise):
     assert (ours - wanted).abs().max() < 1e-5
 
 
-def test_out_of_memory_makes_smaller_tiles_and_the_same_picture(noise, caplog):
+def test_out_of_memory_goes_on_where_it_stopped(noise, caplog):
+    """First the batch shrinks, then the tile; every tile is ticked once and the picture stays the same."""
     image = noise(1, 3, 64, 64)
-    options = UpscaleOptions(128, 32, 2, color_fix="none")
+    options = UpscaleOptions(128, 32, 4, color_fix="none")
     calm = upscale(image, identity_model(), Target(scale=8), options)
-    model, ticks = identity_model(fail_at=3), []
+    model, ticks = identity_model(), []
+    networks = model.first.networks
+
+    def predict(z, tiles, done=[0]):  # noqa: B006
+        if len(z) > 1 and done[0] or z.shape[-1] > 8 and done[0] > 6:
+            raise torch.OutOfMemoryError("simulated")
+        done[0] += len(z)
+        networks.shapes.append(tuple(z.shape))
+        return networks.eps(z)
+
+    networks.predict = predict
     out = upscale(image, model, Target(scale=8), options, lambda done, total, _: ticks.append((done, total)))
     assert (out - calm).abs().max() < 1e-5
-    assert "tile batch lowered to 1" in caplog.text
-    assert ticks[-1][0] == ticks[-1][1]
+    assert [line for line in caplog.messages] == [
+        "out of memory: tile batch lowered to 2",
+        "out of memory: tile batch lowered to 1",
+        "out of memory: tiles lowered to 64 px",
+    ]
+    sides = [shape[-1] for shape in networks.shapes for _ in range(shape[0])]
+    assert sides[:7] == [16] * 7 and set(sides[7:]) == {8}
+    assert len(sides[7:]) < 25, "what was done must not be done again"
+    assert ticks[-1][0] == ticks[-1][1] and [done for done, _ in ticks] == list(range(1, len(ticks) + 1))
+
+
+def test_the_next_picture_and_stage_start_with_the_tiles_that_fitted(noise):
+    images, options = noise(2, 3, 64, 64), UpscaleOptions(128, 32, 1, color_fix="none")
+    model, failures, ticks = identity_model(), [], []
+    for stage in (model.first, model.second):
+
+        def predict(z, tiles, networks=stage.networks):
+            if z.shape[-1] > 8:
+                failures.append(1)
+                raise torch.OutOfMemoryError("simulated")
+            return networks.eps(z)
+
+        stage.networks.predict = predict
+    calm = upscale(images, identity_model(), Target(scale=8), options)
+    out = upscale(images, model, Target(scale=8), options, lambda done, total, _: ticks.append((done, total)))
+    assert (out - calm).abs().max() < 1e-5
+    assert len(failures) == 1
+    assert ticks[-1][0] == ticks[-1][1] == len(ticks)
 
 
 def test_out_of_memory_everywhere_ends_with_a_clear_error(noise):

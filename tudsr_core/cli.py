@@ -7,7 +7,6 @@ import os
 import platform
 import time
 from enum import Enum
-from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
+from .cli_files import add_file_commands
+from .console import MethodName, Precision, complain, err, one_line_errors, out
 
 app = typer.Typer(
     help="Diffusion super-resolution in two one-step stages (TUDSR).",
@@ -26,11 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+add_file_commands(app)
 
 Device = Enum("Device", {name: name for name in ("auto", "cpu", "cuda", "mps")}, type=str)
-Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
 WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", "published")}, type=str)
 ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "none")}, type=str)
 Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, type=str)
@@ -38,36 +37,24 @@ Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, 
 ModelOption = Annotated[
     str, typer.Option(help="'embedded', a tudsr-model .safetensors, or an SD2.1-base folder or checkpoint.")
 ]
-StageOne = Annotated[Path | None, typer.Option(help="Stage-one adapter, when --model is SD2.1-base.")]
-StageTwo = Annotated[Path | None, typer.Option(help="Stage-two adapter, when --model is SD2.1-base.")]
+StageOne = Annotated[
+    Path | None, typer.Option(help="Adapter, when --model is a base model: TUDSR, OMGSR, OSEDiff, PiSA-SR or InvSR.")
+]
+StageTwo = Annotated[Path | None, typer.Option(help="TUDSR's stage-two adapter, for more than x4.")]
+MethodOption = Annotated[MethodName | None, typer.Option(help="For peft folders, which do not say: tudsr or omgsr.")]
+PromptOption = Annotated[str | None, typer.Option(help="Prompt instead of the method's own.")]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="Folder with CLIP's vocab.json and merges.txt, for prompts with a single file.")
+]
+StepsOption = Annotated[int, typer.Option(help="Network evaluations per tile: 1 to 5 with InvSR, else 1.")]
+FidelityOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the pixel-level part.")]
+DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semantic part.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Precision of the networks.")]
 
 
-def _complain(error: BaseException) -> None:
-    text = " ".join(str(error).split()) or type(error).__name__
-    err.print(f"error: {text}", style="red", markup=False)
-
-
-def _one_line_errors(command):
-    """Wrap a command so that expected failures and Ctrl-C end it with one line and an exit code."""
-
-    @wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError, MemoryError) as error:
-            _complain(error)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _complain(RuntimeError("interrupted; nothing half-written was left"))
-            raise typer.Exit(130) from None
-
-    return wrapped
-
-
 @app.command()
-@_one_line_errors
+@one_line_errors
 def upscale(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")],
@@ -78,11 +65,20 @@ def upscale(
     model: ModelOption = "embedded",
     stage_one: StageOne = None,
     stage_two: StageTwo = None,
+    method: MethodOption = None,
+    timestep: Annotated[int, typer.Option(help="Timestep of stage one; 0: as trained.")] = 0,
+    steps: StepsOption = 1,
+    fidelity: FidelityOption = 1.0,
+    detail: DetailOption = 1.0,
+    prompt: PromptOption = None,
+    tokenizer: TokenizerOption = None,
     device: DeviceOption = Device.auto,
     dtype: PrecisionOption = Precision.fp32,
     tile: Annotated[int | None, typer.Option(help="Tile side in pixels; lower it if memory runs out.")] = None,
     overlap: Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles in pixels.")] = None,
-    tile_batch: Annotated[int | None, typer.Option(help="Tiles computed at once on a GPU.")] = None,
+    tile_batch: Annotated[
+        int | None, typer.Option(help="Tiles computed at once on a GPU; default: as many as fit.")
+    ] = None,
     window: Annotated[WindowName | None, typer.Option(help="How overlapping tiles are weighted.")] = None,
     color_fix: Annotated[ColorName | None, typer.Option(help="How colours follow the input.")] = None,
     sample_posterior: Annotated[bool, typer.Option(help="Draw latents instead of taking their mode.")] = False,
@@ -95,6 +91,7 @@ def upscale(
 ) -> None:
     """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
     from .batch import Output, plan_jobs
+    from .local import AdapterOptions
     from .pipeline import UpscaleOptions
     from .plan import Target
 
@@ -114,7 +111,8 @@ def upscale(
         scale = 4.0
     target = Target(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
-    networks = _load(model, stage_one, stage_two, device, dtype)
+    use = AdapterOptions(method and method.value, timestep, steps, prompt, fidelity, detail, tokenizer)
+    networks = _load(model, stage_one, stage_two, device, dtype, use)
     if not dry_run and jobs[0].output.parent == output:
         output.mkdir(parents=True, exist_ok=True)
     failed = _run(jobs, networks, target, options, Output(bits, quality, force), dry_run)
@@ -122,14 +120,16 @@ def upscale(
         raise typer.Exit(1)
 
 
-def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision):
-    from .local import load_embedded, load_sd21
+def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision, use=None):
+    from .local import AdapterOptions, load_embedded, load_sd21
 
     path = Path(model)
     if stage_one:
         if model == "embedded":
             raise ValueError("--stage-one belongs to a base model; add --model with SD2.1-base")
-        return load_sd21(path, stage_one, stage_two, device.value, dtype.value)
+        return load_sd21(path, stage_one, stage_two, device.value, dtype.value, use)
+    if use not in (None, AdapterOptions()):
+        raise ValueError("method, timestep, steps, prompt, fidelity and detail belong to an adapter; add --stage-one")
     if model == "embedded":
         return load_embedded(device.value, dtype.value)
     if path.is_dir() or stage_two:
@@ -162,12 +162,12 @@ def _run(jobs, model, target, options, output, dry_run: bool) -> int:
             out.print(f"  {width} x {height} written in {seconds:.1f} s ({rate:.1f} s per megapixel)", markup=False)
         except (ValueError, MemoryError) as error:
             failed += 1
-            _complain(error)
+            complain(error)
     return failed
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the two pictures.")] = Path("out"),
     device: DeviceOption = Device.auto,
@@ -193,7 +193,7 @@ def demo(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def info() -> None:
     """Show versions, devices and the models found."""
     import torch
@@ -216,13 +216,13 @@ def info() -> None:
     table.add_row("mps", "available" if torch.backends.mps.is_available() else "not available")
     table.add_row("device used", str(pick_device()))
     file = read_model(embedded_path())
-    stages = f"stage one t={file.first_step.t}, stage two t={file.second.step.t}"
+    stages = f"stage one t={file.first_step.t}, stage two t={file.second.steps_for(2)[0].t}"
     table.add_row("embedded model", f"{file.name}, {embedded_path().stat().st_size / 2**20:.1f} MiB, {stages}")
     out.print(table)
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def evaluate(
     folder: Annotated[
         Path | None, typer.Argument(help="Sharp pictures; default: the five public test pictures.")

@@ -15,22 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import (
-    Adapter,
-    CheckpointError,
-    Low,
-    embedded_path,
-    read_adapter,
-    read_model,
-)
-from .pipeline import Model, Predict, Stage
+from .adapters import Adapter, Patch
+from .checkpoints import DTYPES, embedded_path, read_adapter, read_model
+from .models.invsr import build_predictor
+from .pipeline import Model, NoisePredictor, Predict, Stage
 from .plan import NetworkFacts, StageLimits
-from .schedule import from_noise_level
+from .sd21 import read_base
+from .tensor_files import CheckpointError, some
 from .vae_tiling import Doors, Place, TiledVAE, Tiling, draw
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Peak activations per pixel in float32, measured as growth of the resident set at 512 x 512: the
 # embedded model's tile; SD2.1's UNet, and its VAE on the whole picture.
 LOCAL_TILE_BYTES, SD_TILE_BYTES, SD_PICTURE_BYTES = 600, 1100, 4400
@@ -47,44 +42,64 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-class LoraSlot:
-    """A network whose weights can carry one set of low-rank updates at a time.
+class PatchSlot:
+    """A network whose weights can carry one `Patch` at a time.
 
-    Updates are merged into the weights; the originals of what was touched are kept, so that going
-    back is bit-exact and base weights exist once.
+    Patches are merged into the weights; the originals of what was touched are kept, so that going
+    back is bit-exact and base weights exist once. With `keep` off nothing is kept: for a network
+    that will never carry another patch.
     """
 
     def __init__(self, network: nn.Module, name: str) -> None:
         self.network, self.name = network, name
-        self.active: dict[str, Low] | None = None
+        self.keep = True
+        self.active: Patch | None = None
         self._originals: dict[str, Tensor] = {}
 
-    def check(self, lows: dict[str, Low], source: str) -> None:
-        """Raise CheckpointError unless every update has a module whose weight it fits."""
-        modules = dict(self.network.named_modules())
-        for path, low in lows.items():
-            weight = getattr(modules.get(path), "weight", None)
-            if weight is None:
-                raise CheckpointError(f"adapter {source} updates {path}, which this {self.name} does not have")
-            if low.up.shape[0] * low.down[0].numel() != weight.numel():
-                raise CheckpointError(f"adapter {source} does not fit this {self.name} at {path}: other base model")
+    def check(self, patch: Patch, source: str) -> None:
+        """Raise CheckpointError that lists every change without a weight it fits."""
+        weights = dict(self.network.named_parameters())
+        homeless = [path for path in patch.lows if f"{path}.weight" not in weights]
+        homeless += [path for path in patch.weights if path not in weights]
+        if homeless:
+            raise CheckpointError(
+                f"adapter {source} changes what this {self.name} does not have: {some(homeless)}; it was made for "
+                "another base model"
+            )
+        wrong = [path for path, low in patch.lows.items() if not low.fits(weights[f"{path}.weight"])]
+        wrong += [path for path, value in patch.weights.items() if value.shape != weights[path].shape]
+        if wrong:
+            raise CheckpointError(
+                f"adapter {source} does not fit the shapes of this {self.name} at {some(wrong)}; it was made for "
+                "another base model"
+            )
 
     @torch.no_grad()
-    def use(self, lows: dict[str, Low] | None) -> None:
-        """Make `lows` the merged updates; None or an empty dict restores the base weights."""
-        lows = lows or None
-        if lows is self.active:
+    def use(self, patch: Patch | None) -> None:
+        """Make `patch` the merged one; None or an empty patch restores the base weights."""
+        patch = patch or None
+        if patch is self.active:
             return
-        modules = dict(self.network.named_modules())
+        if self.active and not self.keep:
+            raise RuntimeError(f"the base weights of this {self.name} were not kept, so its adapter cannot change")
+        weights = dict(self.network.named_parameters())
         for path, original in self._originals.items():
-            modules[path].weight.copy_(original)
+            weights[path].copy_(original)
         self._originals.clear()
-        for path, low in (lows or {}).items():
-            weight = modules[path].weight
-            self._originals[path] = weight.detach().clone()
+        for path, value in (patch.weights if patch else {}).items():
+            self._keep(path, weights[path])
+            weights[path].copy_(value)
+        for path, low in (patch.lows if patch else {}).items():
+            weight = weights[f"{path}.weight"]
+            self._keep(f"{path}.weight", weight)
             low = replace(low, down=low.down.to(weight.device), up=low.up.to(weight.device))
-            weight.add_(low.delta(weight).to(weight.dtype))
-        self.active = lows
+            # Added in float32 and rounded once, as ComfyUI does it.
+            weight.copy_(weight.float() + low.delta(weight))
+        self.active = patch
+
+    def _keep(self, path: str, weight: Tensor) -> None:
+        if self.keep and path not in self._originals:
+            self._originals[path] = weight.detach().clone()
 
 
 @dataclass
@@ -101,8 +116,7 @@ class Backbone:
         for network in (self.vae, self.unet):
             # Past diffusers' own `to`, which warns about modules these networks do not have.
             nn.Module.to(network, self.device, self.dtype).eval().requires_grad_(False)
-        self.unet_slot = LoraSlot(self.unet, "UNet")
-        self.encoder_slot = LoraSlot(getattr(self.vae, "encoder", self.vae), "VAE encoder")
+        self.unet_slot, self.vae_slot = PatchSlot(self.unet, "UNet"), PatchSlot(self.vae, "VAE")
 
     @property
     def latent_scale(self) -> int:
@@ -159,20 +173,18 @@ class Backbone:
 
 
 class LocalNetworks:
-    """One stage: a backbone that it shares, seen with this stage's adapter."""
+    """One stage: a backbone that it shares, seen with this stage's patches."""
 
-    def __init__(self, backbone: Backbone, adapter: Adapter | None = None) -> None:
+    def __init__(self, backbone: Backbone, unet: Patch | None = None, vae: Patch | None = None, name: str = "") -> None:
         self.backbone = backbone
-        self.unet_updates = adapter.unet if adapter else None
-        self.encoder_updates = adapter.encoder if adapter else None
-        if adapter:
-            backbone.unet_slot.check(adapter.unet, adapter.name)
-            backbone.encoder_slot.check(adapter.encoder, adapter.name)
+        self.unet_patch, self.vae_patch = unet or Patch(), vae or Patch()
+        backbone.unet_slot.check(self.unet_patch, name)
+        backbone.vae_slot.check(self.vae_patch, name)
 
     @property
     def facts(self) -> NetworkFacts:
         """Geometry and memory of the shared backbone."""
-        return self.backbone.facts
+        return replace(self.backbone.facts, free_bytes=self.backbone.free_bytes())
 
     def vae_calls(self, size: tuple[int, int]) -> int:
         """Tiles of one encode plus one decode of `size` pixels."""
@@ -180,7 +192,7 @@ class LocalNetworks:
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
         """Return scaled float32 latents of `B 3 H W` in 0..1 on the CPU."""
-        self.backbone.encoder_slot.use(self.encoder_updates)
+        self.backbone.vae_slot.use(self.vae_patch)
         config = self.backbone.vae.config
         moments = self.backbone.tiled_vae.encode(pixels, on_tile)
         return draw(moments, config.latent_channels, seed) * config.scaling_factor
@@ -188,8 +200,8 @@ class LocalNetworks:
     def denoise(
         self, z: Tensor, t: int, condition: Tensor, part: tuple[int, ...], body: Callable[[Predict], Tensor]
     ) -> Tensor:
-        """Return `body(predict)` with this stage's updates in the UNet."""
-        self.backbone.unet_slot.use(self.unet_updates)
+        """Return `body(predict)` with this stage's patch in the UNet."""
+        self.backbone.unet_slot.use(self.unet_patch)
         return body(lambda parts, tiles: self._predict_all(parts, t, condition))
 
     def _predict_all(self, z: Tensor, t: int, condition: Tensor) -> Tensor:
@@ -228,9 +240,28 @@ def load_embedded(device: str = "auto", dtype: str = "fp32", path: Path | None =
     unet.load_state_dict(file.unet)
     empty = torch.zeros(1, 1, unet.config.cross_attention_dim)
     backbone = Backbone(vae, unet, lambda text: empty, pick_device(device), DTYPES[dtype])
-    first = Stage(LocalNetworks(backbone), file.first_step, "stage one")
-    second = Stage(LocalNetworks(backbone, file.second), file.second.step, "stage two")
+    first = Stage(LocalNetworks(backbone), (file.first_step,), "stage one")
+    second = Stage(LocalNetworks(backbone, file.second.unet, name="stage two"), file.second.steps_for(2), "stage two")
     return Model(first, second, file.limits)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How adapters are used, beyond what their files say.
+
+    `method`: for files that leave it open (peft folders: tudsr or omgsr). `timestep`: of stage one, 0
+    for the method's own. `steps`: network evaluations per tile (InvSR). `prompt`: None for the
+    method's own. `fidelity` and `detail`: PiSA-SR's l_pix and l_sem. `tokenizer`: CLIP's folder, for
+    prompts with a single-file base.
+    """
+
+    method: str | None = None
+    timestep: int = 0
+    steps: int = 1
+    prompt: str | None = None
+    fidelity: float = 1.0
+    detail: float = 1.0
+    tokenizer: Path | None = None
 
 
 def load_sd21(
@@ -239,28 +270,53 @@ def load_sd21(
     stage_two: Path | None = None,
     device: str = "auto",
     dtype: str = "fp32",
-    timesteps: tuple[int, int] = (200, 50),
+    options: AdapterOptions | None = None,
 ) -> Model:
-    """Return SD2.1-base from a diffusers folder or a single checkpoint file, with stage adapters.
+    """Return SD2.1-base or SD-Turbo, from a folder or a single checkpoint file, with stage adapters.
 
-    `timesteps` are used where an adapter does not carry its own. Raises CheckpointError for
-    missing or unsuitable files, and for a stage-two adapter given as stage one.
+    Raises CheckpointError for missing or unsuitable files and for a stage-two adapter given as stage
+    one, ValueError for options the method does not have.
     """
-    from .sd21 import read_base
-
-    vae, unet, embed = read_base(base)
+    options = options or AdapterOptions()
+    adapters = [read_adapter(stage_one, options.method, 1)]
+    if stage_two is not None:
+        adapters.append(read_adapter(stage_two, options.method, 2))
+    vae, unet, embed = read_base(base, DTYPES[dtype], tokenizer=options.tokenizer)
     backbone = Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype])
-    first = _adapted_stage(backbone, stage_one, 1, timesteps[0])
-    if stage_two is None:
-        return Model(first, None, StageLimits(single_up_to=StageLimits().first_max))
-    return Model(first, _adapted_stage(backbone, stage_two, 2, timesteps[1]), StageLimits())
+    stages = [_adapted_stage(backbone, adapter, options) for adapter in adapters]
+    if len(stages) == 2:
+        return Model(*stages, StageLimits())
+    backbone.vae_slot.keep = False
+    backbone.unet_slot.keep = len(stages[0].branches) > 1
+    largest = adapters[0].about.first_max
+    return Model(stages[0], None, StageLimits(first_max=largest, single_up_to=largest))
 
 
-def _adapted_stage(backbone: Backbone, path: Path, number: int, timestep: int) -> Stage:
-    adapter = read_adapter(path)
-    if adapter.stage not in (None, number):
-        raise CheckpointError(
-            f"{path} is a stage-{adapter.stage} adapter and was given as stage {number}; swap the two"
-        )
-    step = adapter.step or from_noise_level(timestep)
-    return Stage(LocalNetworks(backbone, adapter), step, f"stage {'one' if number == 1 else 'two'}")
+def _adapted_stage(backbone: Backbone, adapter: Adapter, options: AdapterOptions) -> Stage:
+    first = adapter.stage == 1
+    prompt = adapter.about.prompt if options.prompt is None else options.prompt
+    if prompt is None:
+        log.warning("%s was trained with tags of each picture; without --prompt it gets the empty one", adapter.name)
+    networks = [
+        (weight, LocalNetworks(backbone, patch, adapter.vae, adapter.name))
+        for weight, patch in adapter.branches(options.fidelity, options.detail)
+    ]
+    return Stage(
+        networks[0][1],
+        adapter.steps_for(adapter.stage, options.steps if first else 1, options.timestep if first else 0),
+        f"stage {'one' if first else 'two'}",
+        prompt or "",
+        tuple(networks) if len(networks) > 1 or networks[0][0] != 1 else (),
+        _predictor(backbone, adapter) if adapter.predictor else None,
+    )
+
+
+def _predictor(backbone: Backbone, adapter: Adapter) -> NoisePredictor:
+    # In float32 as published, where the other networks may be in half precision.
+    network = build_predictor(adapter.predictor, adapter.name).to(backbone.device, torch.float32)
+
+    def predict(pixels: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        mean, deviation = network(pixels, t)
+        return mean.cpu(), deviation.cpu()
+
+    return predict

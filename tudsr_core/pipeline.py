@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .color import ColorFix, match_color
 from .image import join_alpha, pad_to_multiple, resize, split_alpha
 from .plan import NetworkFacts, StageLimits, StagePlan, Target, UpscalePlan, plan_upscale
 from .schedule import OneStep
-from .tiles import Canvas, Tile, TilePlan, Window, plan_tiles
+from .sweep import Sweep, fitting_batch
+from .tiles import Canvas, Tile, Window, plan_tiles
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ Preview = Callable[[], Tensor]
 
 Tick = Callable[[int, int, "Preview | None"], None]
 """`tick(done, total, preview)`: called once per tile; may raise to cancel. `preview` costs only when called."""
+
+NoisePredictor = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""`predictor(pixels, t)`: mean and deviation `B C h w` of the start noise for `B 3 2h 2w` in 0..1 (InvSR)."""
 
 Predict = Callable[[Tensor, Sequence[Tile]], Tensor]
 """`predict(parts, tiles)`: eps for the latents of `tiles`, stacked along the batch, same shape."""
@@ -64,12 +69,24 @@ class Networks(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a model: its networks, its one-step formula and the text it was trained with."""
+    """One stage of a model: its networks, its steps and the text it was trained with.
+
+    `networks` encode and decode. eps = sum of w_j B_j over `branches` (PiSA-SR's dials); without
+    any, `networks` alone predict it. `predictor` gives the noise of methods whose first step mixes
+    some in.
+    """
 
     networks: Networks
-    step: OneStep
+    steps: tuple[OneStep, ...]
     name: str = "stage"
     prompt: str = ""
+    branches: tuple[tuple[float, Networks], ...] = ()
+    predictor: NoisePredictor | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per tile."""
+        return len(self.steps) * max(1, len(self.branches)) + bool(self.predictor)
 
 
 @dataclass(frozen=True)
@@ -92,11 +109,11 @@ class Model:
 
 @dataclass(frozen=True)
 class UpscaleOptions:
-    """How to run; none of these changes what the networks are."""
+    """How to run; none of these changes what the networks are. `tile_batch` 0: as many as fit in free memory."""
 
     tile_px: int = 512
     overlap_px: int = 128
-    tile_batch: int = 1
+    tile_batch: int = 0
     window: Window = "gaussian"
     color_fix: ColorFix = "wavelet"
     sample_posterior: bool = False
@@ -113,6 +130,7 @@ def plan_for(model: Model, source: tuple[int, int], target: Target, options: Ups
         tile_px=options.tile_px,
         overlap_px=options.overlap_px,
         tile_batch=options.tile_batch,
+        evaluations=tuple(stage.evaluations for stage in (model.first, model.second or model.first)),
     )
     model.stages(len(plan.stages))
     return plan
@@ -121,7 +139,7 @@ def plan_for(model: Model, source: tuple[int, int], target: Target, options: Ups
 def count_ticks(model: Model, plan: UpscalePlan, batch: int = 1) -> int:
     """Return how many ticks `upscale` will give for `batch` pictures of this plan."""
     stages = zip(model.stages(len(plan.stages)), plan.stages, strict=True)
-    return sum(batch * (stage.networks.vae_calls(part.padded) + len(part.tiles)) for stage, part in stages)
+    return sum(batch * (stage.networks.vae_calls(part.padded) + part.calls) for stage, part in stages)
 
 
 @torch.inference_mode()
@@ -165,9 +183,9 @@ class _Progress:
     def __init__(self, tick: Tick | None, total: int) -> None:
         self.tick, self.done, self.total = tick, 0, total
 
-    def redo(self, done: int, extra: int) -> None:
-        """Go back to `done` after a failed attempt; the next one has `extra` more tiles."""
-        self.done, self.total = done, self.total + extra
+    def expect(self, extra: int) -> None:
+        """There will be `extra` more tiles than was thought."""
+        self.total += extra
 
     def advance(self, preview: Preview | None = None) -> None:
         self.done += 1
@@ -178,19 +196,17 @@ class _Progress:
 def _run_stage(
     pictures: Sequence[Tensor], stage: Stage, part: StagePlan, options: UpscaleOptions, progress: _Progress
 ) -> tuple[UpscaleOptions, list[Tensor]]:
-    """Run one stage over all pictures; the options come back with the tile that fitted."""
-    results = []
+    """Run one stage over all pictures; the options come back with the tiles that fitted."""
+    results, sweep = [], _plan_sweep(part, stage.networks.facts, options, progress)
+    fitting = sweep.tiles, sweep.batch
     for number, picture in enumerate(pictures):
         enlarged = resize(picture, part.size).clamp(0, 1)
         padded, padding = pad_to_multiple(enlarged, stage.networks.facts.multiple)
-        seed = options.seed + number if options.sample_posterior else None
-        z = stage.networks.encode(padded, seed, progress.advance)
-        tiles, mark = part.tiles, progress.done
-        while (restored := _restore_or_none(z, stage, tiles, options, progress)) is None:
-            before = len(tiles)
-            options, tiles = _smaller_tiles(options, tiles, stage.networks.facts)
-            progress.redo(mark, len(tiles) - before)
-        del enlarged, padded, z  # the decoder's picture is as large again
+        seed = options.seed + number
+        z = stage.networks.encode(padded, seed if options.sample_posterior else None, progress.advance)
+        start = Start(z, _noise_source(picture, part) if stage.predictor else None, seed)
+        restored = restore_latent(start, stage, sweep, progress.advance)
+        del enlarged, padded, z, start  # the decoder's picture is as large again
         decoded = stage.networks.decode(restored, progress.advance).float()
         if not torch.isfinite(decoded).all():
             raise ValueError(
@@ -198,59 +214,88 @@ def _run_stage(
                 "(tudsr: --dtype fp32, ComfyUI: --force-fp32), or check the adapter"
             )
         results.append(padding.crop(decoded).clamp_(0, 1))
+    if (sweep.tiles, sweep.batch) != fitting:
+        tile_px = max(sweep.tiles.tile_height, sweep.tiles.tile_width) * sweep.scale
+        overlap_px = sweep.tiles.overlap * sweep.scale
+        options = replace(options, tile_px=tile_px, overlap_px=overlap_px, tile_batch=sweep.batch)
     return options, results
 
 
-def _restore_or_none(
-    z: Tensor, stage: Stage, tiles: TilePlan, options: UpscaleOptions, progress: _Progress
-) -> Tensor | None:
-    # None means out of memory. The except block must end before anything is tried again: the
-    # traceback keeps the tensors of the failed call alive.
-    try:
-        return restore_latent(z, stage, tiles, options, progress.advance)
-    except RuntimeError as error:
-        if not stage.networks.is_out_of_memory(error):
-            raise
-    return None
+def _plan_sweep(part: StagePlan, facts: NetworkFacts, options: UpscaleOptions, progress: _Progress) -> Sweep:
+    """Return the stage's tiles, or smaller ones if memory has run out since the plan was made."""
+    scale, unit = facts.latent_scale, facts.multiple // facts.latent_scale
+    sweep = Sweep(part.tiles, options.window, options.tile_batch, unit, scale, progress.expect)
+    side = options.tile_px // scale
+    if side < max(part.tiles.tile_height, part.tiles.tile_width):
+        sweep.tiles = plan_tiles(part.tiles.height, part.tiles.width, side, options.overlap_px // scale, multiple=unit)
+    sweep.batch = options.tile_batch or fitting_batch(sweep.tiles, facts)
+    return sweep
 
 
-def restore_latent(
-    z: Tensor, stage: Stage, tiles: TilePlan, options: UpscaleOptions, on_tile: Callable[[Preview], None]
-) -> Tensor:
-    """One denoising step on a whole latent: predict eps tile by tile, blend, then z_H = p z + q eps.
+@dataclass(frozen=True)
+class Start:
+    """Where a stage's steps begin: the encoded latent, and for methods with predicted noise its source and seed."""
+
+    z: Tensor
+    pixels: Tensor | None = None
+    seed: int = 0
+
+
+def _noise_source(picture: Tensor, part: StagePlan) -> Tensor:
+    """Return the small picture at two pixels per latent, which is the input itself at x4 (InvSR sec. 3.2)."""
+    wanted = 2 * part.tiles.height, 2 * part.tiles.width
+    unit = part.padded[0] / wanted[0]
+    small = resize(picture, tuple(max(1, round(side / unit)) for side in part.size)).clamp(0, 1)
+    missing = [(0, want - have) for want, have in zip(wanted, small.shape[-2:], strict=True)]
+    return F.pad(small, (*missing[1], *missing[0]), mode="replicate")
+
+
+def restore_latent(start: Start, stage: Stage, sweep: Sweep, on_tile: Callable[[Preview], None]) -> Tensor:
+    """Take a stage's steps on a whole latent: predict eps tile by tile, blend, then z_H = p z + q eps.
 
     Blending eps equals blending z_H, because the step is linear (MultiDiffusion eq. 5; OMGSR).
     """
-    networks, step = stage.networks, stage.step
-    z_in = step.start(z)
-
-    def blend(predict: Predict) -> Tensor:
-        canvas = Canvas(tiles, options.window)
-        for batch in tiles.batches(options.tile_batch):
-            eps = predict(torch.cat([tile.cut(z_in) for tile in batch]), batch)
-            for tile, value in zip(batch, eps.split(len(z)), strict=True):
-                canvas.add(tile, value)
-                on_tile(lambda: step.finish(z_in, canvas.result()))
-        return canvas.result()
-
-    part = (len(z) * min(options.tile_batch, len(tiles)), z.shape[1], tiles.tile_height, tiles.tile_width)
-    condition = networks.condition(stage.prompt)
-    return step.finish(z_in, networks.denoise(z_in, step.t, condition, part, blend))
+    noise = _predict_noise(start, stage, sweep, on_tile) if stage.predictor else None
+    z = stage.steps[0].start(start.z, noise)
+    for step in stage.steps:
+        total = None
+        for weight, networks in stage.branches or ((1.0, stage.networks),):
+            eps = _predict_eps(z, step, networks, stage.prompt, sweep, on_tile)
+            total = eps * weight if total is None else total + eps * weight
+        z = step.finish(z, total)
+    return z
 
 
-def _smaller_tiles(options: UpscaleOptions, tiles: TilePlan, facts: NetworkFacts) -> tuple[UpscaleOptions, TilePlan]:
-    """Return a smaller tile batch, or tiles of half the side when the batch is already 1."""
-    scale, unit = facts.latent_scale, facts.multiple // facts.latent_scale
-    if options.tile_batch > 1:
-        smaller = replace(options, tile_batch=options.tile_batch // 2)
-        log.warning("out of memory: tile batch lowered to %d", smaller.tile_batch)
-        return smaller, tiles
-    side = max(tiles.tile_height, tiles.tile_width) // 2 // unit * unit
-    overlap = min(tiles.overlap, side // 2 // unit * unit)
-    if side < 8 * unit:
-        raise MemoryError(
-            f"out of memory even with tiles of {2 * side * scale} px; close other programs or use a smaller model"
-        )
-    log.warning("out of memory: tiles lowered to %d px", side * scale)
-    smaller = replace(options, tile_px=side * scale, overlap_px=overlap * scale)
-    return smaller, plan_tiles(tiles.height, tiles.width, side, overlap, multiple=unit)
+def _predict_eps(
+    z: Tensor, step: OneStep, networks: Networks, prompt: str, sweep: Sweep, on_tile: Callable[[Preview], None]
+) -> Tensor:
+    condition = networks.condition(prompt)
+
+    def attempt(canvas: Canvas) -> None:
+        def blend(predict: Predict) -> Tensor:
+            for batch in sweep.batches(canvas):
+                eps = predict(torch.cat([tile.cut(z) for tile in batch]), batch)
+                for tile, value in zip(batch, eps.split(len(z)), strict=True):
+                    canvas.add(tile, value)
+                    on_tile(lambda: step.finish(z, canvas.result()))
+            return canvas.result()
+
+        count = len(z) * min(sweep.batch, len(sweep.tiles))
+        part = count, z.shape[1], sweep.tiles.tile_height, sweep.tiles.tile_width
+        networks.denoise(z, step.t, condition, part, blend)
+
+    return sweep.run(attempt, networks.is_out_of_memory)
+
+
+def _predict_noise(start: Start, stage: Stage, sweep: Sweep, on_tile: Callable[[Preview], None]) -> Tensor:
+    """Return mean + deviation * n, both blended over the tiles, n drawn once for the whole latent."""
+
+    def attempt(canvas: Canvas) -> None:
+        for tile in canvas.pending():
+            top, left = 2 * tile.top, 2 * tile.left
+            pixels = start.pixels[..., top : top + 2 * tile.height, left : left + 2 * tile.width]
+            canvas.add(tile, torch.cat(stage.predictor(pixels, stage.steps[0].t), 1))
+            on_tile(lambda: start.z)
+
+    mean, deviation = sweep.run(attempt, stage.networks.is_out_of_memory).chunk(2, 1)
+    return mean + deviation * torch.randn(mean.shape, generator=torch.Generator().manual_seed(start.seed))

@@ -156,12 +156,27 @@ def _normalised(length: int, offsets: tuple[int, ...], weights: Tensor) -> list[
 
 
 class Canvas:
-    """The picture being put together: a float32 plane to which weighted tiles are added."""
+    """The picture being put together: a float32 plane to which weighted tiles are added.
 
-    def __init__(self, plan: TilePlan, kind: Window = "gaussian") -> None:
+    With `after`, a canvas of another plan that was given up, its tiles stay as they are and this
+    plan fills only what they left: if D(p) is the weight already given at p, each of its tiles
+    counts w(p) (1 - D(p)), so the weights still sum to 1 and change as smoothly as before.
+    """
+
+    def __init__(self, plan: TilePlan, kind: Window = "gaussian", after: Canvas | None = None) -> None:
         self.plan = plan
         self.kind = kind
-        self.plane: Tensor | None = None
+        self.plane: Tensor | None = after.plane if after else None
+        self._share = after._missing() if after else None
+        self._added: set[int] = set()
+
+    def pending(self) -> list[Tile]:
+        """Return the tiles that are still needed, in reading order."""
+        return [
+            tile
+            for tile in self.plan
+            if tile.index not in self._added and (self._share is None or bool(tile.cut(self._share).any()))
+        ]
 
     def add(self, tile: Tile, value: Tensor) -> None:
         """Add one tile's `B C tile_height tile_width`; raises ValueError if the shape is another."""
@@ -170,11 +185,23 @@ class Canvas:
         if self.plane is None:
             size = (*value.shape[:-2], self.plan.height, self.plan.width)
             self.plane = torch.zeros(size, dtype=torch.float32, device=value.device)
-        weights = self.plan.weights(tile, self.kind).to(value.device, torch.float32)
+        weights = self._weights(tile).to(value.device, torch.float32)
         tile.cut(self.plane).add_(value.float() * weights)
+        self._added.add(tile.index)
 
     def result(self) -> Tensor:
-        """Return the blended plane `B C H W`, float32; every tile must have been added once."""
+        """Return the blended plane `B C H W`, float32; every pending tile must have been added."""
         if self.plane is None:
             raise ValueError("no tile was added to this canvas")
         return self.plane
+
+    def _weights(self, tile: Tile) -> Tensor:
+        weights = self.plan.weights(tile, self.kind)
+        return weights if self._share is None else weights * tile.cut(self._share)
+
+    def _missing(self) -> Tensor:
+        """Weight not yet given, `H W` float64: a sum over the pending tiles, so exactly 0 where none lies."""
+        missing = torch.zeros(self.plan.height, self.plan.width, dtype=torch.float64)
+        for tile in self.pending():
+            tile.cut(missing).add_(self._weights(tile))
+        return missing
