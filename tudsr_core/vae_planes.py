@@ -74,11 +74,10 @@ class Plane:
 
     def measure(self, tile: Tensor) -> None:
         """Add a tile `1 C h w` to the statistics; tiles must partition the plane, without halo."""
-        values = tile[0].flatten(1)
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        mean = values.mean(1)
-        off = values - mean[:, None]
-        self._sums.append((values.shape[1], torch.stack([mean, torch.linalg.vecdot(off, off)])))
+        values = tile[0].to(torch.promote_types(tile.dtype, torch.float32))
+        mean = values.mean((1, 2))
+        off = (values - mean[:, None, None]).flatten(1)
+        self._sums.append((off.shape[1], torch.stack([mean, torch.linalg.vecdot(off, off)])))
 
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU.

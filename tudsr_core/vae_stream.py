@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from .vae_graph import Attention, Step, grids, read_affine
+from .vae_graph import Attention, Conv, Step, grids, read_affine
 from .vae_planes import Lane, Plane, Span, reserve, spans
 
 log = logging.getLogger(__name__)
@@ -54,21 +54,31 @@ class Place:
     is_out_of_memory: Callable[[BaseException], bool]
 
 
-def cut(step: Step, scale: Fraction, size: tuple[int, int], tiling: Tiling) -> Grid:
-    """Return rows and columns of a step's output tiles; `size` is its input's, `scale` its output's grid."""
-    side, resample = max(1, int(tiling.tile_px * scale)), getattr(step, "resample", "")
-    if resample == "up":
-        return spans(2 * size[0], side, 2), spans(2 * size[1], side, 2)
-    shrink = 2 if resample == "down" else 1
-    return spans(size[0] // shrink, side), spans(size[1] // shrink, side)
+def cut(steps: list[Step], start: Fraction, size: tuple[int, int], tiling: Tiling) -> Iterator[tuple[Step, Grid]]:
+    """Yield each step with the rows and columns of its output's tiles; `size` is the input's, on grid `start`.
+
+    Coarse grids get tiles as heavy as the finest one's, that is, of nearly as many positions: small
+    ones would be mostly halo. Attention keeps to the tile, which is what its queries and windows are.
+    """
+    heaviest = max(max(step.channels) for step, scale in grids(steps, start) if scale == 1)
+    for step, scale in grids(steps, start):
+        resample = getattr(step, "resample", "")
+        side = tiling.tile_px * scale
+        if isinstance(step, Conv):
+            side = max(side, tiling.tile_px * min(1, heaviest / max(step.channels)) ** 0.5)
+        side = max(1, int(side))
+        if resample == "up":
+            rows, columns = (spans(2 * length, side, 2) for length in size)
+        else:
+            rows, columns = (spans(length // (2 if resample == "down" else 1), side) for length in size)
+        size = rows[-1][1], columns[-1][1]
+        yield step, (rows, columns)
 
 
 def count_tiles(steps: list[Step], start: Fraction, size: tuple[int, int], tiling: Tiling) -> int:
     """Return how many tiles `run_steps` computes for one input of `size` on grid `start`."""
     total = 0
-    for step, scale in grids(steps, start):
-        rows, columns = cut(step, scale, size, tiling)
-        size = rows[-1][1], columns[-1][1]
+    for step, (rows, columns) in cut(steps, start, size, tiling):
         passes = 2 if isinstance(step, Attention) and tiling.attention == "exact" else 1
         total += passes * len(rows) * len(columns)
     return total
@@ -83,8 +93,7 @@ def run_steps(steps: list[Step], start: Fraction, x: Tensor, place: Place, tilin
     home = place.device if tiling.planes == "device" else torch.device("cpu")
     lane = Lane(place.device)
     plane, skip = Plane.of(x[0].cpu()), None
-    for number, (step, scale) in enumerate(grids(steps, start)):
-        grid = cut(step, scale, (plane.height, plane.width), tiling)
+    for number, (step, grid) in enumerate(cut(steps, start, tuple(x.shape[-2:]), tiling)):
         following = steps[number + 1] if number + 1 < len(steps) else None
         out = None
         if following is None:
@@ -181,7 +190,7 @@ class _Pass:
         # The module pads with zeros: right at true borders, and elsewhere only the cropped rim sees it.
         y = step.module(part.to(self.dtype))[core]
         if skip is not None:
-            y = y + skip
+            y = y.add_(skip) if y.dtype == self._joined(self.skip) else y + skip
             y = y if step.divide == 1 else y / step.divide
         return y, put_aside
 
