@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tudsr_core import vae_planes, vae_stream
 from tudsr_core.vae_graph import read_steps, run_untiled
 from tudsr_core.vae_planes import reserve
-from tudsr_core.vae_stream import Place, Tiling, attend, count_tiles, run_steps
+from tudsr_core.vae_stream import Place, Tiling, count_tiles, run_steps
 
 START = {"encoder": Fraction(1), "decoder": Fraction(1, 8)}
 SIZES = {"encoder": (3, 152, 213), "decoder": (4, 19, 27)}
@@ -199,15 +199,6 @@ def test_large_residuals_travel_in_float32():
     assert not run_untiled(half, "decoder", z.half()).isfinite().all()
     out = tiled(half, "decoder", z, Tiling(32, "host"))
     assert (out - truth).abs().max() < 0.05 * truth.abs().max()
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_attention_in_chunks_is_softmax_over_all_keys(chunk):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, 8, generator=generator).double() * 4 for n in (5, 64, 64))
-    scores = (q @ k.mT) / 8**0.5
-    wanted = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v
-    assert (attend(q, k, v, chunk) - wanted).abs().max() < 1e-12
 
 
 class LiveBytes(TorchDispatchMode):

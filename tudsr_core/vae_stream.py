@@ -17,10 +17,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 
 from .vae_graph import Attention, Conv, Step, grids, read_affine
-from .vae_planes import Lane, Plane, Span, reserve, spans
+from .vae_planes import Lane, Plane, Span, attend, reserve, spans
 
 log = logging.getLogger(__name__)
 
@@ -333,26 +333,3 @@ def _halves(box: Box) -> tuple[Box, Box]:
 def _apply(affine: tuple[Tensor, Tensor], part: Tensor) -> Tensor:
     """Return scale x + shift, in place where the dtype allows."""
     return part.to(affine[0].dtype).mul_(affine[0]).add_(affine[1])
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for `heads n d` against `heads N d`, exact whatever `chunk`.
-
-    Keys are brought to q's device `chunk` at a time, and partial results merged by their maximum
-    and sum (online softmax, Milakov and Gimelshein 2018).
-    """
-    if k.shape[1] <= chunk:
-        return scaled_dot_product_attention(q[None], k.to(q.device)[None], v.to(q.device)[None])[0]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scaled = q.to(wide) * q.shape[-1] ** -0.5
-    top = scaled.new_full((*q.shape[:2], 1), -torch.inf)
-    total, mixed = torch.zeros_like(top), torch.zeros_like(scaled)
-    for keys, values in zip(k.split(chunk, 1), v.split(chunk, 1), strict=True):
-        logits = scaled @ keys.to(q.device, wide).mT
-        higher = torch.maximum(top, logits.amax(-1, keepdim=True))
-        weights = logits.sub_(higher).exp_()
-        fade = (top - higher).exp_()
-        total = total * fade + weights.sum(-1, keepdim=True)
-        mixed = mixed * fade + weights @ values.to(q.device, wide)
-        top = higher
-    return (mixed / total).to(q.dtype)

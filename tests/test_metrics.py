@@ -1,0 +1,46 @@
+import math
+
+import pytest
+import torch
+
+from tudsr_core.metrics import seam_score
+from tudsr_core.pipeline import UpscaleOptions, plan_for, upscale
+from tudsr_core.plan import Target
+
+
+def test_seam_score_is_border_energy_over_the_rest():
+    picture = torch.zeros(1, 3, 6, 8)
+    picture[..., 4:] = 0.5  # one step at column 4
+    picture[..., 3:, :] += 0.25  # and a weaker one at row 3
+    across, down, others = 6 * 0.5**2, 8 * 0.25**2, 6 * 6 + 4 * 8
+    assert seam_score(picture, [], [4]) == pytest.approx((across / 6) / (down / (others + 8)))
+    assert seam_score(picture, [3], [4]) == math.inf
+    assert seam_score(torch.ones(1, 3, 6, 8), [3], [4]) == 1
+    with pytest.raises(ValueError, match="border 8"):
+        seam_score(picture, [], [8])
+
+
+def test_seam_score_of_noise_is_one_and_rises_with_a_seam(noise):
+    picture = noise(1, 3, 128, 128)
+    assert seam_score(picture, [64], [32, 96]) == pytest.approx(1, abs=0.1)
+    picture[..., 32:96] += 0.5
+    assert seam_score(picture, [], [32, 96]) > 1.5
+
+
+def test_the_embedded_model_leaves_no_grid(embedded):
+    """Tiled against untiled within 2 %, and nothing to be seen on flat and ramp pictures."""
+    from tudsr_core.evaluation import example_path
+    from tudsr_core.files import read_picture
+
+    options = UpscaleOptions(128, 32, color_fix="none")
+    photo = read_picture(example_path()).pixels[..., 20:84, 40:120]
+    ramp = torch.linspace(0.1, 0.9, 80).expand(1, 3, 64, 80).contiguous()
+    for picture, bound in ((photo, None), (torch.full_like(photo, 0.4), 1 / 255), (ramp, 1 / 255)):
+        plan = plan_for(embedded, (64, 80), Target(scale=8), options).stages[-1]
+        rows, columns = plan.tiles.borders(embedded.first.networks.facts.latent_scale)
+        tiled = upscale(picture, embedded, Target(scale=8), options)
+        whole = upscale(picture, embedded, Target(scale=8), UpscaleOptions(1024, 128, color_fix="none"))
+        if bound is None:
+            assert seam_score(tiled, rows, columns) == pytest.approx(seam_score(whole, rows, columns), rel=0.02)
+        else:
+            assert (tiled - whole).abs().max() < bound

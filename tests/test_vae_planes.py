@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from tudsr_core.vae_planes import Plane, attend, spans
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("length", "side", "unit"), [(1, 8, 1), (17, 5, 1), (64, 64, 1), (65, 64, 1), (54, 9, 2)])
+def test_spans_partition_evenly(length, side, unit):
+    cut = spans(length, side, unit)
+    assert cut[0][0] == 0 and cut[-1][1] == length
+    assert all(a[1] == b[0] for a, b in zip(cut, cut[1:], strict=False))
+    sizes = [b - a for a, b in cut]
+    assert max(sizes) <= side + unit - 1 and max(sizes) - min(sizes) <= unit
+    assert len(cut) == -(-length // side)
+    assert all(a % unit == 0 for a, _ in cut)
+
+
+def test_a_plane_gives_back_any_part_of_what_was_written(noise):
+    whole = noise(1, 3, 20, 30)
+    plane = Plane(3, spans(20, 7), 30, torch.float32, CPU)
+    for rows in plane.rows:
+        for columns in spans(30, 11):
+            plane.write(rows, columns, whole[..., slice(*rows), slice(*columns)])
+    for rows, columns in (((0, 20), (0, 30)), ((5, 16), (3, 4)), ((6, 8), (29, 30))):
+        into = torch.empty(1, 3, rows[1] - rows[0], columns[1] - columns[0])
+        assert torch.equal(plane.read(rows, columns, into), whole[..., slice(*rows), slice(*columns)])
+    plane.free(before=14)
+    into = torch.empty(1, 3, 7, 30)
+    assert [band is None for band in plane.bands] == [bottom <= 14 for _, bottom in plane.rows]
+    assert torch.equal(
+        plane.read((plane.rows[-1][0], 20), (0, 30), into[:, :, : 20 - plane.rows[-1][0]]),
+        whole[..., plane.rows[-1][0] :, :],
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_statistics_of_tiles_are_those_of_the_plane(offset, noise):
+    """Also where tiles differ much and the mean is large against the deviation."""
+    whole = noise(1, 12, 40, 50).double() + offset
+    whole[..., 25:] += 3
+    plane = Plane(12, spans(40, 13), 50, torch.float64, CPU)
+    for rows in plane.rows:
+        for columns in spans(50, 17):
+            plane.measure(whole[..., slice(*rows), slice(*columns)])
+    mean, variance = plane.moments(4)
+    grouped = whole.view(4, -1)
+    assert (mean - grouped.mean(1)).abs().max() < 1e-12 * max(1, offset)
+    assert (variance / grouped.var(1, correction=0) - 1).abs().max() < 1e-9
+    assert plane.is_finite()
+    plane.measure(torch.full((1, 12, 1, 1), torch.inf))
+    assert not plane.is_finite()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_attention_in_chunks_is_softmax_over_all_keys(chunk):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 8, generator=generator).double() * 4 for n in (5, 64, 64))
+    scores = (q @ k.mT) / 8**0.5
+    wanted = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v
+    assert (attend(q, k, v, chunk) - wanted).abs().max() < 1e-12
