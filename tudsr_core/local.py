@@ -1,7 +1,7 @@
 """The pipeline's `Networks` over diffusers: for the command line, batch work, training and tests.
 
-Loads the embedded model, a Stable Diffusion 2.1-base folder or a single checkpoint file, and
-stage adapters. ComfyUI never comes this way; its own models are wrapped in `nodes/`.
+Loads the embedded model, a folder or single file of SD2.1-base or SD-Turbo, and adapters. ComfyUI
+never comes this way; its own models are wrapped in `nodes/`.
 """
 
 from __future__ import annotations
