@@ -123,10 +123,10 @@ def test_wrong_adapter_and_model_files_are_one_line(photo, tmp_path):
 
     done = tudsr("upscale", photo, "-o", tmp_path / "o.png", "--model", photo)
     assert done.returncode == 1
-    assert "not a whole safetensors file" in done.stderr
+    assert "is not a tudsr model file" in done.stderr
     done = tudsr("upscale", photo, "-o", tmp_path / "o.png", "--model", embedded_path(), "--stage-one", embedded_path())
     assert done.returncode == 1
-    assert "not an SD2.1-base checkpoint" in done.stderr
+    assert "is a whole model, not an adapter" in done.stderr
 
 
 def test_unwritable_folder_is_named(photo, tmp_path):

@@ -49,6 +49,8 @@ def embedded_path() -> Path:
 
 def read_model(path: Path) -> ModelFile:
     """Read a `tudsr-model` safetensors file. Raises CheckpointError."""
+    if path.is_file() and path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is not a tudsr model file, which is a .safetensors; check the path")
     file = read_file(path)
     if file.metadata.get("format") != MODEL_FORMAT:
         raise CheckpointError(f"{path} is not a tudsr model file (its metadata says {file.metadata.get('format')!r})")

@@ -20,7 +20,7 @@ from .checkpoints import DTYPES, embedded_path, read_adapter, read_model
 from .models.invsr import build_predictor
 from .pipeline import Model, NoisePredictor, Predict, Stage
 from .plan import NetworkFacts, StageLimits
-from .sd21 import read_base
+from .sd21 import check_exists, read_base
 from .tensor_files import CheckpointError, some
 from .vae_tiling import TILE_PX, Reach, count_tiles, find_reaches, run_tiled
 
@@ -283,6 +283,7 @@ def load_sd21(
     one, ValueError for options the method does not have.
     """
     options = options or AdapterOptions()
+    check_exists(base)
     adapters = [read_adapter(stage_one, options.method, 1)]
     if stage_two is not None:
         adapters.append(read_adapter(stage_two, options.method, 2))

@@ -75,15 +75,19 @@ def read_base(
     and needs `transformers`; for a single file, texts other than "" need `tokenizer`, a folder with
     CLIP's vocab.json and merges.txt. Raises CheckpointError.
     """
-    path = Path(path)
+    check_exists(path)
     if path.is_dir():
         return _read_folder(path, dtype)
-    if not path.is_file():
+    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
+
+
+def check_exists(path: Path) -> None:
+    """Raise CheckpointError unless there is a file or folder."""
+    if not path.exists():
         raise CheckpointError(
             f"base model {path} does not exist; give a diffusers folder or a checkpoint file of SD2.1-base or SD-Turbo "
             "(for example v2-1_512-ema-pruned.safetensors)"
         )
-    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
 
 
 def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Embed]:
