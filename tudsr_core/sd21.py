@@ -75,15 +75,19 @@ def read_base(
     and needs `transformers`; for a single file, texts other than "" need `tokenizer`, a folder with
     CLIP's vocab.json and merges.txt. Raises CheckpointError.
     """
-    path = Path(path)
+    check_exists(path)
     if path.is_dir():
         return _read_folder(path, dtype)
-    if not path.is_file():
+    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
+
+
+def check_exists(path: Path) -> None:
+    """Raise CheckpointError unless there is a file or folder."""
+    if not path.exists():
         raise CheckpointError(
             f"base model {path} does not exist; give a diffusers folder or a checkpoint file of SD2.1-base or SD-Turbo "
             "(for example v2-1_512-ema-pruned.safetensors)"
         )
-    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
 
 
 def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Embed]:
@@ -199,14 +203,17 @@ def _single_file_text(path: Path, dtype: torch.dtype, config: dict) -> nn.Module
     if not own:
         raise CheckpointError(f"{path} has no text encoder; use a full checkpoint or a diffusers folder")
     prefix = next(prefix for prefix in TEXT_PREFIXES if next(iter(own)).startswith(prefix))
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)).to(dtype)
+    with torch.device("meta"):
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
     weights = convert.convert_open_clip_checkpoint(text, own, prefix=prefix)
     # Newer transformers leave out the level `text_model`, which diffusers' converter writes.
     flat = "text_model.final_layer_norm.weight" not in text.state_dict()
     weights = {key.removeprefix("text_model.") if flat else key: value for key, value in weights.items()}
-    missing = [key for key in text.load_state_dict(weights, strict=False).missing_keys if "position_ids" not in key]
+    missing = text.load_state_dict(weights, strict=False, assign=True).missing_keys
     if missing:
         raise CheckpointError(f"{path}: its text encoder is not SD2.1's (missing: {some(missing)})")
+    embeddings = text.embeddings if flat else text.text_model.embeddings
+    embeddings.position_ids = torch.arange(TOKENS)[None]  # a buffer that no file holds
     return text
 
 
