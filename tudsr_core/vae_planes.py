@@ -63,8 +63,8 @@ class Plane:
         number = next(i for i, (top, bottom) in enumerate(self.rows) if top <= rows[0] and rows[1] <= bottom)
         top, bottom = self.rows[number]
         if self.bands[number] is None:
-            size = self.channels, bottom - top, self.width
-            self.bands[number] = reserve(size, self.dtype, self.device)
+            size = bottom - top, self.width, self.channels
+            self.bands[number] = reserve(size, self.dtype, self.device).permute(2, 0, 1)
         self.bands[number][:, rows[0] - top : rows[1] - top, columns[0] : columns[1]].copy_(tile[0])
 
     def free(self, before: int) -> None:
@@ -130,7 +130,8 @@ class Lane:
         """Return that part of the plane, `1 C h w`, as a new tensor on the compute device."""
         size = 1, plane.channels, rows[1] - rows[0], columns[1] - columns[0]
         crossing = self.ahead and plane.device.type == "cpu"
-        part = plane.read(rows, columns, torch.empty(size, dtype=plane.dtype, device=plane.device, pin_memory=crossing))
+        where = dict(dtype=plane.dtype, device=plane.device, pin_memory=crossing)
+        part = plane.read(rows, columns, torch.empty(size, memory_format=torch.channels_last, **where))
         if not crossing:
             return part.to(self.device)
         with torch.cuda.stream(self._streams[0]):
