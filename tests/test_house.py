@@ -12,12 +12,15 @@ CORE = ROOT / "tudsr_core"
 RANKS = [
     {"files", "image", "schedule", "tiles"},
     {"color", "metrics", "plan", "vae_tiling", "filter_bank"},
-    {"checkpoints", "pipeline"},
+    {"models.swin", "checkpoints", "pipeline"},
+    {"models.ram", "sampling"},
+    {"models.dape", "zoom"},
     {"sd21", "batch"},
     {"local"},
     {"training.data", "training.degradations", "training.identity"},
     {"evaluation", "training.embedded", "training.bank"},
     {"cli"},
+    {"cli_zoom"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

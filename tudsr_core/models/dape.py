@@ -58,17 +58,23 @@ RANK = 8  # of DAPE's updates
 
 
 class DapeTagger:
-    """RAM or DAPE with its tag list, ready to tag."""
+    """RAM or DAPE with its tag list, ready to tag.
+
+    `device` is where to compute; None: wherever the network's owner has put it.
+    """
 
     def __init__(self, network: RamTagger, labels: tuple[str, ...], thresholds: tuple[float, ...], name: str) -> None:
         self.network = network.eval().requires_grad_(False)
         self.labels, self.thresholds, self.name = labels, thresholds, name
+        self.device: torch.device | None = None
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """Return `B labels` in 0..1 (float32, CPU) for `B 3 H W` in 0..1 of any size."""
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             raise ValueError(f"expected pictures of B 3 H W to tag, got shape {tuple(images.shape)}")
+        if self.device:
+            self.network.to(self.device)
         weight = self.network.fc.weight
         side = self.network.config.swin.image_px
         # One at a time, so that the tags of a picture do not depend on its neighbours in the batch.
@@ -93,8 +99,9 @@ class DapeTagger:
         return self._digest
 
     def release(self) -> None:
-        """Move the weights to the CPU."""
-        self.network.to("cpu")
+        """Move the weights to the CPU, unless somebody else decides where they are."""
+        if self.device:
+            self.network.to("cpu")
 
 
 def load_tagger(path: Path) -> DapeTagger:
