@@ -144,7 +144,8 @@ def finish_zoom(
 ) -> Picture:
     """Describe the tiles of `picture`, zoom it and write it to `job.output`.
 
-    `save_prompts` writes the prompts beside it as JSON, before the long part begins. `tick` counts the tiles described, then starts again for the sampling. Returns what was written.
+    `save_prompts` writes the prompts beside it as JSON, before the long part begins. `tick` counts
+    the tiles described, then starts again for the sampling. Returns what was written.
     """
     plan = plan_zoom(picture.size, target, networks.facts, options)
     prompts = source(split_alpha(picture.pixels)[0], plan, tick)
