@@ -11,8 +11,9 @@ CORE = ROOT / "tudsr_core"
 # A module may import only from ranks below its own.
 RANKS = [
     {"files", "image", "schedule", "tiles"},
-    {"color", "metrics", "plan", "vae_tiling", "filter_bank"},
-    {"checkpoints", "pipeline"},
+    {"color", "metrics", "plan", "prompts", "vae_tiling", "filter_bank"},
+    {"checkpoints", "edits", "pipeline", "prompters"},
+    {"captions"},
     {"sd21", "batch"},
     {"local"},
     {"training.data", "training.degradations", "training.identity"},
