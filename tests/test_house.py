@@ -11,9 +11,8 @@ CORE = ROOT / "tudsr_core"
 # A module may import only from ranks below its own.
 RANKS = [
     {"files", "image", "schedule", "tiles"},
-    {"color", "metrics", "plan", "vae_tiling", "filter_bank"},
-    {"models.swin", "checkpoints", "pipeline"},
-    {"models.ram", "sampling"},
+    {"models.swin", "checkpoints", "edits", "pipeline", "prompters"},
+    {"models.ram", "sampling", "captions"},
     {"models.dape", "zoom"},
     {"sd21", "batch"},
     {"local"},
