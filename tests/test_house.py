@@ -11,6 +11,7 @@ CORE = ROOT / "tudsr_core"
 # A module may import only from ranks below its own.
 RANKS = [
     {"files", "image", "schedule", "tiles"},
+    {"color", "metrics", "plan", "prompts", "vae_tiling", "filter_bank"},
     {"models.swin", "checkpoints", "edits", "pipeline", "prompters"},
     {"models.ram", "sampling", "captions"},
     {"models.dape", "zoom"},

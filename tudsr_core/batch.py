@@ -34,6 +34,13 @@ class Output:
     overwrite: bool = False
 
 
+@dataclass(frozen=True)
+class ZoomOutput(Output):
+    """The same for a zoom; `prompts` writes every tile's prompts beside it, before the long part begins."""
+
+    prompts: bool = False
+
+
 def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None = None) -> list[Job]:
     """Pair every input picture with an output path.
 
@@ -89,12 +96,11 @@ def open_zoom(
     facts: NetworkFacts,
     target: Target,
     options: ZoomOptions,
-    output: Output,
-    save_prompts: bool = False,
+    output: ZoomOutput,
     dry_run: bool = False,
 ) -> tuple[Picture, list[str]]:
     """Do what `open_job` does for "Zoomed In, Diffused Out"."""
-    if save_prompts and not dry_run and prompts_path(job).exists() and not output.overwrite:
+    if output.prompts and not dry_run and prompts_path(job).exists() and not output.overwrite:
         raise PictureError(f"{prompts_path(job)} already exists; use --force to replace it")
     return _open(job, lambda size: plan_zoom(size, target, facts, options), output, dry_run)
 
@@ -138,18 +144,16 @@ def finish_zoom(
     target: Target,
     options: ZoomOptions,
     source: PromptSource,
-    output: Output,
-    save_prompts: bool = False,
+    output: ZoomOutput,
     tick: Tick | None = None,
 ) -> Picture:
     """Describe the tiles of `picture`, zoom it and write it to `job.output`.
 
-    `save_prompts` writes the prompts beside it as JSON, before the long part begins. `tick` counts
-    the tiles described, then starts again for the sampling. Returns what was written.
+    `tick` counts the tiles described, then starts again for the sampling. Returns what was written.
     """
     plan = plan_zoom(picture.size, target, networks.facts, options)
     prompts = source(split_alpha(picture.pixels)[0], plan, tick)
-    if save_prompts:
+    if output.prompts:
         write_prompts(prompts_path(job), prompts)
     return _write(job, replace(picture, pixels=zoom(picture.pixels, networks, plan, prompts, tick)), output)
 

@@ -37,7 +37,7 @@ def zoom(
     dape: Annotated[
         Path | None, typer.Option(help="Tag every tile: a converted DAPE file, or a folder of the published files.")
     ] = None,
-    quality_words: Annotated[str | None, typer.Option(help="Put before every prompt of --prompt and --dape.")] = None,
+    quality_words: Annotated[str | None, typer.Option(help="Added to every prompt of --prompt and --dape.")] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt of every tile.")] = None,
     scale: Annotated[float | None, typer.Option(help="Enlarge by this factor (default 4).")] = None,
     width: Annotated[int | None, typer.Option(help="Enlarge to this width in pixels.")] = None,
@@ -61,7 +61,7 @@ def zoom(
     dry_run: Annotated[bool, typer.Option(help="Show the plan with its number of network calls and stop.")] = False,
 ) -> None:
     """Enlarge with any SD 2.x and a prompt per tile: tudsr zoom in.png -o out.png --model sd21/ --dape dape/"""
-    from .batch import Output, finish_zoom, open_zoom, plan_jobs
+    from .batch import ZoomOutput, finish_zoom, open_zoom, plan_jobs
     from .local import load_sd2
     from .plan import Target
     from .sampling import SampleOptions
@@ -75,17 +75,15 @@ def zoom(
         scale = 4.0
     target = Target(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
-    source = _source(prompt, tile_prompts, dape, _given(quality=quality_words, negative=negative), device)
+    source = _source(prompt, tile_prompts, dape, _given(suffix=quality_words, negative=negative), device)
     networks = load_sd2(model, device.value, dtype.value)
     if not dry_run and jobs[0].output.parent == output:
         output.mkdir(parents=True, exist_ok=True)
-    written = Output(overwrite=force)
+    written = ZoomOutput(overwrite=force, prompts=save_prompts)
     failed = run_jobs(
         jobs,
-        lambda job: open_zoom(job, networks.facts, target, options, written, save_prompts, dry_run),
-        lambda job, picture, tick: finish_zoom(
-            job, picture, networks, target, options, source, written, save_prompts, tick
-        ),
+        lambda job: open_zoom(job, networks.facts, target, options, written, dry_run),
+        lambda job, image, tick: finish_zoom(job, image, networks, target, options, source, written, tick),
         dry_run,
     )
     if failed:
@@ -99,16 +97,19 @@ def _given(**values: object) -> dict:
 def _source(prompt: str | None, tile_prompts: Path | None, dape: Path | None, words: dict, device: Device):
     from .local import pick_device
     from .models.dape import load_tagger
-    from .zoom import fixed, from_file, tagged
+    from .prompters import TaggerPrompter
+    from .prompts import Style
+    from .zoom import described, fixed, from_file
 
+    style = Style(**words)
     if sum(given is not None for given in (prompt, tile_prompts, dape)) > 1:
         raise ValueError("give only one of --prompt, --tile-prompts and --dape")
     if tile_prompts:
-        if "quality" in words:
+        if "suffix" in words:
             raise ValueError("--quality-words are not added to --tile-prompts; write them into the file")
-        return from_file(tile_prompts, **words)
+        return from_file(tile_prompts, style.negative)
     if dape:
         tagger = load_tagger(dape)
         tagger.device = pick_device(device.value)
-        return tagged(tagger, **words)
-    return fixed(prompt or "", **words)
+        return described(TaggerPrompter(tagger), style)
+    return fixed(prompt or "", style)

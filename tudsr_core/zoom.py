@@ -1,4 +1,4 @@
-""" "Zoomed In, Diffused Out": enlarge once, then sample with MultiDiffusion and a prompt per tile.
+"""The recipe of "Zoomed In, Diffused Out": enlarge once, then sample with MultiDiffusion and a prompt per tile.
 
 No training and no adapter: any Stable Diffusion 2.x serves. One TilePlan addresses the pixels that
 are described and the latents that are sampled. The loop itself is in `sampling.py`.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .files import temporary_beside
 from .image import join_alpha, pad_to_multiple, resize, split_alpha
 from .pipeline import Progress, Tick, check_image
 from .plan import NetworkFacts, Size, Target, check_tiles
+from .prompts import Style, TilePrompter, TilePrompts, cut_tiles, describe
 from .sampling import SampleOptions, TextNetworks, TilePair, count_calls, draw, noised, sample
 from .tiles import TilePlan, plan_tiles
 
@@ -27,19 +28,6 @@ PromptSource = Callable[[Tensor, "ZoomPlan", "Tick | None"], list[TilePair]]
 """`source(image, plan, tick)`: one pair per tile for the source picture `1 3 H W`."""
 
 Start = Literal["picture", "noise"]
-
-QUALITY = "clean, high-resolution, 8k"
-NEGATIVE = "dotted, noise, blur, lowres, smooth"
-
-
-class Tagger(Protocol):
-    """A network that names what it sees, such as `models.dape.DapeTagger`."""
-
-    def tags(self, images: Tensor) -> list[str]:
-        """Return "tag, tag" for each of `B 3 H W` in 0..1."""
-
-    def release(self) -> None:
-        """Give device memory back."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +86,6 @@ def plan_zoom(source: Size, target: Target, facts: NetworkFacts, options: ZoomOp
     return ZoomPlan(source, size, padded, tiles, count_calls(tiles, options.sample), options)
 
 
-def cut_tiles(image: Tensor, plan: ZoomPlan) -> list[Tensor]:
-    """Return what every tile shows of the source `1 3 H W`, rounded outward to whole pixels, in reading order."""
-    height, width = image.shape[-2:]
-    (made_h, made_w), scale = plan.size, plan.padded[0] // plan.tiles.height
-    parts = []
-    for tile in plan.tiles:
-        top, left = tile.top * scale * height // made_h, tile.left * scale * width // made_w
-        bottom = min(height, -(-(tile.top + tile.height) * scale * height // made_h))
-        right = min(width, -(-(tile.left + tile.width) * scale * width // made_w))
-        parts.append(image[..., top:bottom, left:right])
-    return parts
-
-
 @torch.inference_mode()
 def zoom(
     image: Tensor, networks: TextNetworks, plan: ZoomPlan, prompts: Sequence[TilePair], tick: Tick | None = None
@@ -162,32 +137,25 @@ def _zoom_one(
     return padding.crop(decoded).clamp(0, 1)
 
 
-def compose(text: str, quality: str = QUALITY) -> str:
-    """Return the description with the quality words before it, where CLIP's cut at 77 tokens cannot reach them."""
-    return ", ".join(part for part in (quality.strip(" ,"), text.strip(" ,")) if part)
-
-
-def tagged(tagger: Tagger, quality: str = QUALITY, negative: str = NEGATIVE) -> PromptSource:
-    """Return a source that names what every tile shows, with the quality words, and one negative for all."""
+def described(prompter: TilePrompter, style: Style) -> PromptSource:
+    """Return a source that has every tile described by `prompter`, in the words of `style`."""
 
     def prompts(image: Tensor, plan: ZoomPlan, tick: Tick | None) -> list[TilePair]:
-        pairs = []
-        for number, part in enumerate(cut_tiles(image, plan), 1):
-            pairs.append((compose(tagger.tags(part)[0], quality), negative))
-            if tick:
-                tick(number, len(plan.tiles), None)
-        tagger.release()
-        return pairs
+        seen = cut_tiles(image[0], plan.tiles)
+        found = describe(prompter, seen, lambda done, total: tick(done, total, None) if tick else None)
+        prompter.release()
+        tiles = TilePrompts(plan.tiles, tuple(found), style)
+        return [(tiles.positive(index), style.negative) for index in range(len(plan.tiles))]
 
     return prompts
 
 
-def fixed(text: str, quality: str = QUALITY, negative: str = NEGATIVE) -> PromptSource:
-    """Return a source that gives every tile the same pair."""
-    return lambda image, plan, tick: [(compose(text, quality), negative)] * len(plan.tiles)
+def fixed(text: str, style: Style) -> PromptSource:
+    """Return a source that gives every tile the same words."""
+    return lambda image, plan, tick: [(style.compose(text), style.negative)] * len(plan.tiles)
 
 
-def from_file(path: Path, negative: str = NEGATIVE) -> PromptSource:
+def from_file(path: Path, negative: str) -> PromptSource:
     """Return a source that takes every tile's prompt from a file as it stands, see `read_prompts`."""
     pairs = read_prompts(path, negative)
 
@@ -199,10 +167,10 @@ def from_file(path: Path, negative: str = NEGATIVE) -> PromptSource:
     return prompts
 
 
-def read_prompts(path: Path, negative: str = NEGATIVE) -> list[TilePair]:
+def read_prompts(path: Path, negative: str) -> list[TilePair]:
     """Read one prompt per tile: a JSON list of texts or of [positive, negative], or a text file of lines.
 
-    Raises ValueError naming the file.
+    `negative` goes with entries that have none. Raises ValueError naming the file.
     """
     try:
         content = path.read_text("utf-8-sig")
