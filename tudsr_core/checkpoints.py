@@ -253,7 +253,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # Mapped, because files with an optimizer's state are several times what is needed of them.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read safely ({reason}); use its .safetensors version") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds no table of tensors; it is another kind of file")

@@ -60,9 +60,8 @@ class ZoomPlan:
     def describe(self) -> list[str]:
         """Return the plan as lines of plain text."""
         scale, tiles, sampling = self.padded[0] // self.tiles.height, self.tiles, self.options.sample
-        grid = (
-            f"{len(tiles.tops)} x {len(tiles.lefts)} tiles of {tiles.tile_width * scale} x {tiles.tile_height * scale}"
-        )
+        side = f"{tiles.tile_width * scale} x {tiles.tile_height * scale}"
+        grid = f"{len(tiles)} tiles ({len(tiles.lefts)} x {len(tiles.tops)}) of {side}"
         both = ", each with its positive and its negative prompt" if sampling.passes == 2 else ""
         return [
             f"{self.source[1]} x {self.source[0]} to {self.size[1]} x {self.size[0]}, {self.calls} network calls",
@@ -97,7 +96,8 @@ def zoom(
     """
     check_image(image)
     if tuple(image.shape[-2:]) != plan.source:
-        raise ValueError(f"the plan is for {plan.source[1]} x {plan.source[0]}, the picture is {image.shape[-1]} wide")
+        height, width = image.shape[-2:]
+        raise ValueError(f"the plan is for {plan.source[1]} x {plan.source[0]}, the picture is {width} x {height}")
     color, alpha = split_alpha(image.float())
     options, per_picture = plan.options, networks.vae_calls(plan.padded) + plan.calls
     progress = Progress(tick, len(color) * per_picture)

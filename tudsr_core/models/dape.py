@@ -78,8 +78,8 @@ class DapeTagger:
         weight = self.network.fc.weight
         side = self.network.config.swin.image_px
         # One at a time, so that the tags of a picture do not depend on its neighbours in the batch.
-        rows = [self.network(prepare(image, side).to(weight)).float().cpu() for image in images.split(1)]
-        return torch.cat(rows).sigmoid() if rows else torch.empty(0, len(self.labels))
+        rows = [self.network(prepare(image, side).to(weight)).float().cpu().sigmoid() for image in images.split(1)]
+        return torch.cat(rows) if rows else torch.empty(0, len(self.labels))
 
     def tags(self, images: Tensor) -> list[str]:
         """Return "tag, tag" in list order for each of `B 3 H W` in 0..1; "" where no tag passes its threshold."""
