@@ -251,8 +251,8 @@ def test_prepare_is_the_published_transform():
     row = [x[0, 0, 0, 0] * (1 - f) + x[0, 0, 0, 1] * f for f in (0, 0.25, 0.75, 1)]
     assert torch.allclose(made[0] * 0.229 + 0.485, torch.stack(row), atol=1e-6)
     stripes = torch.arange(64).remainder(2).float().expand(1, 3, 64, 64)
-    shrunk = prepare(stripes, 16)[0, 0] * 0.229 + 0.485
-    assert (shrunk[:, 2:-2] - 0.5).abs().max() < 0.01
+    shrunk = prepare(stripes, 20)[0, 0] * 0.229 + 0.485
+    assert (shrunk[:, 2:-2] - 0.5).abs().max() < 0.05
 
 
 def test_converted_file_tags_alike(published, tmp_path):
