@@ -135,6 +135,24 @@ def test_the_start_is_the_picture_at_the_last_timestep():
     assert (made - 0.068265 * z - 0.997667 * noise).abs().max() < 1e-5
 
 
+def test_less_strength_is_the_end_of_the_chain():
+    """A fifth of 50 steps: start at t = 181, with that timestep's noise, and do the last ten steps."""
+    z, tiles, seen = torch.randn(1, 4, 8, 8, generator=seeded()), plan_tiles(8, 8, 8, 0), []
+    options = SampleOptions(strength=0.2)
+    noise = torch.randn(z.shape, generator=seeded(5))
+    start = noised(z, seeded(5), options)
+    assert (start - ABAR[181] ** 0.5 * z - (1 - ABAR[181]) ** 0.5 * noise).abs().max() < 1e-5
+
+    class Watched(ToyNetworks):
+        def denoise(self, z, t, condition, part, body):
+            seen.append(t)
+            return super().denoise(z, t, condition, part, body)
+
+    sample(start, Watched(), tiles, pairs(tiles), seeded(), options)
+    assert seen[::2] == seen[1::2] == list(range(181, 0, -20))
+    assert count_calls(tiles, options) == len(seen) == 20
+
+
 def test_tiles_with_one_prompt_equal_the_whole_for_a_pointwise_model():
     z, options = torch.randn(1, 4, 41, 29, generator=seeded()), SampleOptions(8)
     results = []
@@ -268,6 +286,7 @@ def test_what_cannot_be_sampled_is_named():
     for wrong, says in (
         (dict(steps=0), "0 steps"),
         (dict(steps=501), "501 steps"),
+        (dict(strength=0), "strength 0"),
         (dict(eta=1.5), "eta 1.5"),
         (dict(guidance=0.5), "guidance 0.5"),
         (dict(guidance=math.nan), "guidance nan"),

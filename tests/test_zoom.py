@@ -6,11 +6,14 @@ import torch
 from conftest import IdentityNetworks
 from PIL import Image
 from test_cli import size, tudsr
+from test_dape import published  # noqa: F401 - a fixture
+from test_dape import read as read_small
 from test_local import small_sd  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from tudsr_core.cli_zoom import app
 from tudsr_core.image import resize
+from tudsr_core.models.dape import load_tagger, write_tagger
 from tudsr_core.plan import Target
 from tudsr_core.prompters import TaggerPrompter
 from tudsr_core.prompts import Style
@@ -59,16 +62,16 @@ class KnowingNetworks(IdentityNetworks):
         return body(predict)
 
 
-def options(steps=4, **kwargs):
+def options(steps=4, strength=1.0, **kwargs):
     chosen = dict(tile_px=64, overlap_px=32, color_fix="none") | kwargs
-    return ZoomOptions(**chosen, sample=SampleOptions(steps))
+    return ZoomOptions(**chosen, sample=SampleOptions(steps, strength))
 
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(23, 37, 4), (5, 90, 3), (64, 64, 2), (1, 1, 4)])
-@pytest.mark.parametrize("start", ["picture", "noise"])
-def test_a_model_that_knows_the_picture_returns_it(height, width, scale, start, noise):
+@pytest.mark.parametrize(("start", "strength"), [("picture", 1.0), ("picture", 0.5), ("noise", 1.0)])
+def test_a_model_that_knows_the_picture_returns_it(height, width, scale, start, strength, noise):
     image, networks = noise(1, 3, height, width), KnowingNetworks()
-    plan = plan_zoom((height, width), Target(scale=scale), networks.facts, options(start=start))
+    plan = plan_zoom((height, width), Target(scale=scale), networks.facts, options(strength=strength, start=start))
     made = zoom(image, networks, plan, [("a", "b")] * len(plan.tiles))
     assert (made - resize(image, plan.size).clamp(0, 1)).abs().max() < 1e-4
 
@@ -83,6 +86,16 @@ def test_ticks_are_what_the_plan_says(noise):
     assert ticks == [(done, total) for done in range(1, total + 1)]
     assert f"{plan.calls} network calls" in plan.describe()[0]
     assert f"{tiles} tiles (6 x 3) of 64 x 64, 4 steps" in plan.describe()[1]
+
+
+def test_a_part_of_the_chain_is_announced():
+    plan = plan_zoom((64, 64), Target(scale=4), KnowingNetworks.facts, ZoomOptions(sample=SampleOptions(strength=0.3)))
+    assert (plan.calls, plan.describe()[1]) == (
+        30,
+        "1 tiles (1 x 1) of 256 x 256, 15 of 50 steps, each with its positive and its negative prompt",
+    )
+    with pytest.raises(ValueError, match="whole chain"):
+        options(strength=0.5, start="noise")
 
 
 def test_published_sizes_need_the_published_number_of_tiles():
@@ -173,10 +186,15 @@ def photo(tmp_path):
 SHORT = ("--scale", 4, "--tile", 64, "--overlap", 48, "--steps", 2, "--device", "cpu")
 
 
-def test_the_command_runs_the_recipe(small_sd, photo, tmp_path):  # noqa: F811
+def run(*words):
+    """The command inside this process, which is quicker to start."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_runs_the_recipe(small_sd, published, photo, tmp_path):  # noqa: F811
     base = ("--model", small_sd / "base", *SHORT)
-    done = tudsr("zoom", photo, "-o", tmp_path / "dry.png", *base, "--dry-run")
-    assert done.returncode == 0, done.stderr
+    done = run("zoom", photo, "-o", tmp_path / "dry.png", *base, "--dry-run")
+    assert done.exit_code == 0, done.output
     assert "80 x 64, 8 network calls" in done.stdout and "2 tiles (2 x 1) of 64 x 64, 2 steps" in done.stdout
     assert not (tmp_path / "dry.png").exists()
     done = tudsr("zoom", photo, "-o", tmp_path / "a.png", *base, "--prompt", "b a", "--save-prompts")
@@ -185,13 +203,24 @@ def test_the_command_runs_the_recipe(small_sd, photo, tmp_path):  # noqa: F811
     prompts = json.loads((tmp_path / "a.prompts.json").read_text())
     assert prompts == [["b a, clean, high-resolution, 8k", STYLE.negative]] * 2
     again = ("--tile-prompts", tmp_path / "a.prompts.json", "--tile-batch", 2)
-    done = tudsr("zoom", photo, "-o", tmp_path / "b.png", *base, *again)
-    assert done.returncode == 0, done.stderr
+    done = run("zoom", photo, "-o", tmp_path / "b.png", *base, *again)
+    assert done.exit_code == 0, done.output
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    write_tagger(tmp_path / "dape.safetensors", read_small(published))
+    done = run(
+        "zoom", photo, "-o", tmp_path / "d.png", *base, "--dape", tmp_path / "dape.safetensors", "--save-prompts"
+    )
+    assert done.exit_code == 0, done.output
+    tagged = json.loads((tmp_path / "d.prompts.json").read_text())
+    with Image.open(photo) as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    tagger = load_tagger(tmp_path / "dape.safetensors")
+    seen = [STYLE.compose(tagger.tags(part[None])[0]) for part in (pixels[..., :16], pixels[..., 4:])]
+    assert "thing " in seen[0] and tagged == [[text, STYLE.negative] for text in seen]
     prompts[1] = ["a a a", "b"]
     (tmp_path / "edited.json").write_text(json.dumps(prompts))
-    done = tudsr("zoom", photo, "-o", tmp_path / "c.png", *base, "--tile-prompts", tmp_path / "edited.json")
-    assert done.returncode == 0, done.stderr
+    done = run("zoom", photo, "-o", tmp_path / "c.png", *base, "--tile-prompts", tmp_path / "edited.json")
+    assert done.exit_code == 0, done.output
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
@@ -204,8 +233,7 @@ def test_wishes_that_cannot_be_met_are_one_line(small_sd, photo, tmp_path):  # n
         (("--dape", tmp_path), "ram_tag_list.txt"),
         (("--steps", 0), "0 steps"),
     ):
-        words = ("zoom", photo, "-o", tmp_path / "x.png", "--model", small_sd / "base", *SHORT, *wrong)
-        done = CliRunner().invoke(app, [str(word) for word in words])
+        done = run("zoom", photo, "-o", tmp_path / "x.png", "--model", small_sd / "base", *SHORT, *wrong)
         assert done.exit_code == 1, wrong
         assert says in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -44,6 +44,7 @@ def zoom(
     height: Annotated[int | None, typer.Option(help="Enlarge to this height in pixels.")] = None,
     long_edge: Annotated[int | None, typer.Option(help="Enlarge until the longer side has this length.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; each runs over all tiles.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How far to redraw: 1 all, 0.3 keeps to the picture.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off and half the work.")] = None,
     eta: Annotated[float | None, typer.Option(help="Fresh noise per step: 1 is DDPM, 0 is DDIM.")] = None,
     start: Annotated[StartName | None, typer.Option(help="The noised picture, or noise alone.")] = None,
@@ -67,7 +68,14 @@ def zoom(
     from .sampling import SampleOptions
     from .zoom import ZoomOptions
 
-    sampling = _given(steps=steps, guidance=guidance, eta=eta, tile_batch=tile_batch, window=window and window.value)
+    sampling = _given(
+        steps=steps,
+        strength=strength,
+        guidance=guidance,
+        eta=eta,
+        tile_batch=tile_batch,
+        window=window and window.value,
+    )
     named = _given(start=start and start.value, color_fix=color_fix and color_fix.value)
     chosen = _given(tile_px=tile, overlap_px=overlap, seed=seed) | named
     options = ZoomOptions(**chosen, sample=SampleOptions(**sampling))

@@ -40,10 +40,12 @@ class SampleOptions:
     """How to sample; the defaults are those of SeeSR and "Zoomed In, Diffused Out".
 
     `eta` is the share of fresh noise: 1 is ancestral DDPM, 0 is DDIM. `guidance` is the
-    classifier-free guidance scale; at 1 the negative prompts are not evaluated.
+    classifier-free guidance scale; at 1 the negative prompts are not evaluated. `strength` below 1
+    starts that far down the chain, from a picture with less noise (SDEdit, Meng et al. 2022).
     """
 
     steps: int = 50
+    strength: float = 1.0
     eta: float = 1.0
     guidance: float = 5.5
     tile_batch: int = 1
@@ -52,12 +54,19 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
             raise ValueError(f"{self.steps} steps are not possible; use 1 to {MAX_STEPS}, for example 50")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength {self.strength:g} must be above 0 and at most 1 (all steps)")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta {self.eta:g} must be from 0 (DDIM) to 1 (DDPM)")
         if not 1 <= self.guidance <= 100:
             raise ValueError(f"guidance {self.guidance:g} must be from 1 (off) to 100; 5.5 is usual")
         if self.tile_batch < 1:
             raise ValueError(f"tile batch {self.tile_batch} must be at least 1")
+
+    @property
+    def steps_run(self) -> int:
+        """Steps that are left of the chain at this strength."""
+        return max(1, round(self.steps * self.strength))
 
     @property
     def passes(self) -> int:
@@ -106,13 +115,17 @@ def plan_steps(steps: int, eta: float = 1.0, schedule: NoiseSchedule | None = No
     return planned
 
 
-def noised(z: Tensor, noise: torch.Generator, schedule: NoiseSchedule | None = None) -> Tensor:
-    """Return z_T = sqrt(abar_T) z + sqrt(1 - abar_T) n at the last timestep.
+def noised(
+    z: Tensor, noise: torch.Generator, options: SampleOptions | None = None, schedule: NoiseSchedule | None = None
+) -> Tensor:
+    """Return sqrt(abar) z + sqrt(1 - abar) n, where `sample` starts.
 
-    SeeSR's start: training never sees pure noise, because abar_T is not 0.
+    For the whole chain that is the last timestep, SeeSR's start: training never sees pure noise,
+    because abar is not 0 there. For a part of it, it is the first timestep left.
     """
-    schedule = schedule or scaled_linear()
-    abar = schedule.abar_at(schedule.steps - 1)
+    schedule, options = schedule or scaled_linear(), options or SampleOptions()
+    left = respaced_timesteps(options.steps, schedule.steps)[-options.steps_run :]
+    abar = schedule.abar_at(schedule.steps - 1 if len(left) == options.steps else left[0])
     return abar**0.5 * z + (1 - abar) ** 0.5 * draw(z, noise)
 
 
@@ -123,7 +136,7 @@ def draw(like: Tensor, noise: torch.Generator) -> Tensor:
 
 def count_calls(tiles: TilePlan, options: SampleOptions) -> int:
     """Return how many tiles the UNet evaluates in one run, negative prompts included."""
-    return len(tiles) * options.steps * options.passes
+    return len(tiles) * options.steps_run * options.passes
 
 
 @torch.inference_mode()
@@ -152,7 +165,7 @@ def sample(
     positive, negative = (list(texts) for texts in zip(*prompts, strict=True))
     conditions = networks.conditions(positive + negative if options.passes == 2 else positive)
     z = z.float()
-    for step in plan_steps(options.steps, options.eta, schedule):
+    for step in plan_steps(options.steps, options.eta, schedule)[-options.steps_run :]:
         eps = predict_eps(z, step, networks, tiles, conditions, options, on_tile)
         if options.passes == 2:
             without = predict_eps(z, step, networks, tiles, conditions[len(tiles) :], options, on_tile)

@@ -44,6 +44,8 @@ class ZoomOptions:
     def __post_init__(self) -> None:
         if self.start not in ("picture", "noise"):
             raise ValueError(f"start is {self.start!r}; use 'picture' or 'noise'")
+        if self.start == "noise" and self.sample.strength < 1:
+            raise ValueError("a start from noise needs the whole chain; set strength to 1 or start from the picture")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ class ZoomPlan:
         scale, tiles, sampling = self.padded[0] // self.tiles.height, self.tiles, self.options.sample
         side = f"{tiles.tile_width * scale} x {tiles.tile_height * scale}"
         grid = f"{len(tiles)} tiles ({len(tiles.lefts)} x {len(tiles.tops)}) of {side}"
+        run, whole = sampling.steps_run, sampling.steps
+        steps = f"{run} of {whole}" if run < whole else run
         both = ", each with its positive and its negative prompt" if sampling.passes == 2 else ""
         return [
             f"{self.source[1]} x {self.source[0]} to {self.size[1]} x {self.size[0]}, {self.calls} network calls",
-            f"{grid}, {sampling.steps} steps{both}",
+            f"{grid}, {steps} steps{both}",
         ]
 
 
@@ -129,7 +133,7 @@ def _zoom_one(
     padded, padding = pad_to_multiple(enlarged, networks.facts.multiple)
     noise = torch.Generator().manual_seed(seed)
     z = networks.encode(padded, None, progress.advance).float()
-    z = noised(z, noise) if options.start == "picture" else draw(z, noise)
+    z = noised(z, noise, options.sample) if options.start == "picture" else draw(z, noise)
     z = sample(z, networks, plan.tiles, prompts, noise, options.sample, progress.advance)
     decoded = networks.decode(z, progress.advance).float()
     if not torch.isfinite(decoded).all():
