@@ -34,7 +34,7 @@ def build(device: str, dtype: str) -> Model:
     vae = AutoencoderKL.from_config(VAE_CONFIG)
     text = torch.randn(1, 77, 1024)
     backbone = Backbone(vae, unet, lambda words: text, torch.device(device), DTYPES[dtype])
-    stages = [Stage(LocalNetworks(backbone), from_noise_level(t), f"t={t}") for t in (200, 50)]
+    stages = [Stage(LocalNetworks(backbone), (from_noise_level(t),), f"t={t}") for t in (200, 50)]
     return Model(*stages, StageLimits())
 
 

@@ -55,9 +55,9 @@ def plain(model, image: torch.Tensor, factor: int) -> torch.Tensor:
         plan = plan_tiles(*z.shape[-2:], 128, 64, spacing="stride")
         canvas = Canvas(plan, "published")
         for tile in plan:
-            eps = networks.backbone.unet(tile.cut(z), stage.step.t, networks.condition("")).sample
+            eps = networks.backbone.unet(tile.cut(z), stage.steps[0].t, networks.condition("")).sample
             canvas.add(tile, eps)
-        image = networks.backbone.vae.decode(stage.step.finish(z, canvas.result())).sample / 2 + 0.5
+        image = networks.backbone.vae.decode(stage.steps[0].finish(z, canvas.result())).sample / 2 + 0.5
         image = image.clamp(0, 1)
     return image
 

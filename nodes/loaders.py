@@ -1,21 +1,26 @@
-"""Loaders: the embedded model, and stage adapters onto a MODEL and a VAE."""
+"""Loaders: the embedded model, and adapter files of every known method onto MODEL and VAE."""
 
 from __future__ import annotations
 
-import copy
+import logging
 from pathlib import Path
+from typing import Any
 
-import comfy.diffusers_convert
-import comfy.utils
-import comfy.weight_adapter
 import folder_paths
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
 
-from ..tudsr_core.checkpoints import Adapter, CheckpointError, Low, embedded_path, read_adapter, read_model
+from ..tudsr_core.checkpoints import embedded_path, read_adapter, read_model
+from ..tudsr_core.known_files import where_to_get
+from ..tudsr_core.methods import METHODS
+from ..tudsr_core.tensor_files import SUFFIXES, CheckpointError
+from .adapters import ManagedPredictor, apply, apply_to_unet, apply_to_vae, low_patches, unet_keys
 from .embedded import UNET_PREFIX, build
 from .stages import StageFacts, attach
 from .tiles import CATEGORY
+
+log = logging.getLogger(__name__)
 
 FOLDER = "tudsr"
 NOTHING = "(put an adapter into models/tudsr)"
@@ -26,7 +31,7 @@ def register_folder() -> None:
     default = str(Path(folder_paths.models_dir) / FOLDER)
     folder_paths.add_model_folder_path(FOLDER, default)
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | {".safetensors"})
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | set(SUFFIXES))
 
 
 register_folder()
@@ -42,8 +47,8 @@ def list_adapters() -> list[str]:
         for folder in folders:
             whole = folder.parent if folder.name in ("unet_lora_adapter", "vae_encoder_lora_adapter") else folder
             found.add(whole.relative_to(root).as_posix())
-        for file in root.rglob("*.safetensors"):
-            if file.parent not in folders:
+        for file in root.rglob("*"):
+            if file.suffix in SUFFIXES and file.parent not in folders:
                 found.add(file.relative_to(root).as_posix())
     return sorted(found)
 
@@ -56,66 +61,9 @@ def find_adapter(name: str) -> Path:
             return path
     where = ", ".join(folder_paths.get_folder_paths(FOLDER))
     raise CheckpointError(
-        f"adapter {name!r} was not found in {where}; get it from its authors' page and put the .safetensors "
-        "file, or the folder with unet_lora_adapter/ inside, there, then press R to refresh"
+        f"adapter {name!r} was not found in {where}; {where_to_get(name)}put the file, or the folder with "
+        "unet_lora_adapter/ inside, there, then press R to refresh"
     )
-
-
-def as_patches(lows: dict[str, Low], keys: dict[str, str], name: str, network: str) -> dict:
-    """Return ComfyUI weight patches for low-rank updates; `keys` maps module paths to weight keys.
-
-    Raises CheckpointError naming the updates that have no weight: a half-applied adapter is worse
-    than none.
-    """
-    unknown = [path for path in lows if path not in keys]
-    if unknown:
-        raise CheckpointError(
-            f"adapter {name!r} does not fit this {network}: {len(unknown)} of {len(lows)} updates have no place "
-            f"({', '.join(unknown[:3])}); it was made for another base model, use SD2.1-base"
-        )
-    return {
-        keys[path]: comfy.weight_adapter.LoRAAdapter(
-            set(), (low.up.float(), low.down.float(), float(low.alpha), None, None, None)
-        )
-        for path, low in lows.items()
-    }
-
-
-def patch(patcher, patches: dict, name: str):
-    """Return a clone of `patcher` with `patches`; raises CheckpointError if one does not fit its weight."""
-    clone = patcher.clone()
-    for key, adapter in patches.items():
-        up, down = adapter.weights[:2]
-        weight = comfy.utils.get_attr(clone.model, key)
-        if up.shape[0] * down[0].numel() != weight.numel():
-            raise CheckpointError(f"adapter {name!r} has another shape than this model at {key}; use SD2.1-base")
-    applied = clone.add_patches(patches)
-    if len(applied) != len(patches):
-        raise CheckpointError(f"only {len(applied)} of {len(patches)} updates of {name!r} found their weight")
-    return clone
-
-
-def unet_keys(model) -> dict[str, str]:
-    """Return `{diffusers module path: weight key}` for a ComfyUI UNet."""
-    config = model.model.model_config.unet_config
-    pairs = comfy.utils.unet_to_diffusers(config) if "model_channels" in config else {}
-    suffix = ".weight"
-    return {
-        theirs.removesuffix(suffix): f"diffusion_model.{ours}"
-        for theirs, ours in pairs.items()
-        if theirs.endswith(suffix)
-    }
-
-
-def encoder_keys(vae, paths: list[str]) -> dict[str, str]:
-    """Return `{diffusers path below the encoder: weight key}` for those of `paths` that `vae` has.
-
-    ComfyUI's own renaming is asked: each name goes in with its number and comes out as a key.
-    """
-    numbered = {f"encoder.{path}.weight": torch.tensor([float(i)]) for i, path in enumerate(paths)}
-    present = vae.first_stage_model.state_dict()
-    renamed = comfy.diffusers_convert.convert_vae_state_dict(numbered)
-    return {paths[int(number.flatten()[0])]: key for key, number in renamed.items() if key in present}
 
 
 class LoadEmbedded(io.ComfyNode):
@@ -141,16 +89,16 @@ class LoadEmbedded(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         file = read_model(embedded_path())
         base, vae = build(file)
-        first = attach(base, StageFacts("embedded stage one", 1, file.first_step, file.limits))
-        keys = {path: f"{UNET_PREFIX}{path}.weight" for path in file.second.unet}
-        patched = patch(base, as_patches(file.second.unet, keys, "embedded stage two", "UNet"), "embedded stage two")
-        second = attach(patched, StageFacts("embedded stage two", 2, file.second.step, file.limits))
+        first = attach(base, StageFacts("embedded stage one", 1, steps=(file.first_step,), limits=file.limits))
+        keys = {f"{path}.weight": f"{UNET_PREFIX}{path}.weight" for path in file.second.unet.lows}
+        patched = apply(base, file.second.unet, keys, "embedded stage two", "UNet")
+        second = attach(patched, StageFacts("embedded stage two", 2, steps=file.second.steps, limits=file.limits))
         empty = torch.zeros(1, 1, file.unet_config["cross_attention_dim"])
         return io.NodeOutput(first, second, vae, [[empty, {}]])
 
 
 class LoadAdapter(io.ComfyNode):
-    """A stage adapter (LoRA) onto MODEL, and onto the VAE encoder if the file has such weights."""
+    """An adapter of any known method onto MODEL, and onto the VAE if the file changes it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -159,10 +107,14 @@ class LoadAdapter(io.ComfyNode):
             node_id="TUDSRLoadAdapter",
             display_name="Load TUDSR Adapter",
             category=CATEGORY,
-            description="Puts a one-step adapter (TUDSR or OMGSR: a .safetensors file or a peft folder in "
-            "models/tudsr) onto SD2.1-base. Base weights are shared by all stages.",
+            description="Puts a one-step adapter from models/tudsr onto SD2.1-base: TUDSR or OMGSR (folder or "
+            ".safetensors), OSEDiff or PiSA-SR (.pkl), or InvSR (.pth, onto SD-Turbo). Base weights are shared by all "
+            "stages. See the help page for which file gives what.",
             inputs=[
-                io.Model.Input("model", tooltip="SD2.1-base, from Load Checkpoint or Load Diffusion Model."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD2.1-base, or SD-Turbo for InvSR, from Load Checkpoint or Load Diffusion Model.",
+                ),
                 io.Combo.Input("adapter", options=names, tooltip="A file or folder in models/tudsr."),
                 io.Combo.Input(
                     "stage",
@@ -180,10 +132,58 @@ class LoadAdapter(io.ComfyNode):
                     tooltip="1 is as trained. Lower for a gentler, higher for a stronger effect.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="Needed when the adapter also changes the VAE encoder (OMGSR does)."
+                    "vae",
+                    optional=True,
+                    tooltip="Needed when the adapter also changes the VAE encoder (OMGSR and OSEDiff do).",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="CLIP of the checkpoint: gives the prompt the method was trained with as CONDITIONING.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=["from file", "tudsr", "omgsr"],
+                    default="from file",
+                    optional=True,
+                    tooltip="Only for peft folders, which do not say whose they are: TUDSR (t = 200 and 50) unless "
+                    "you choose omgsr (t = 273).",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1,
+                    min=1,
+                    max=5,
+                    optional=True,
+                    tooltip="InvSR only: network evaluations per tile. Raise it for more detail, at that many times "
+                    "the time.",
+                ),
+                io.Float.Input(
+                    "fidelity",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="PiSA-SR only: weight of the pixel-level part. Raise it to remove more degradation, lower "
+                    "it to stay closer to the input. Other values than detail's take two evaluations per tile.",
+                ),
+                io.Float.Input(
+                    "detail",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="PiSA-SR only: weight of the semantic part. Raise it for more invented texture, lower it "
+                    "for a plainer picture.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model"), io.Vae.Output(display_name="vae")],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Vae.Output(display_name="vae"),
+                io.Conditioning.Output(display_name="conditioning", tooltip="The method's own prompt, through CLIP."),
+            ],
         )
 
     @classmethod
@@ -201,30 +201,47 @@ class LoadAdapter(io.ComfyNode):
         return " ".join(f"{file}:{file.stat().st_mtime_ns}" for file in files)
 
     @classmethod
-    def execute(cls, model, adapter, stage, strength, vae=None) -> io.NodeOutput:
-        loaded = read_adapter(find_adapter(adapter))
-        number = {"from file": loaded.stage, "one": 1, "two": 2}[stage]
-        if loaded.stage not in (None, number):
-            raise CheckpointError(
-                f"{adapter!r} is a stage-{loaded.stage} adapter; set 'stage' to 'from file', or choose another file"
-            )
-        patches = as_patches(_scaled(loaded.unet, strength), unet_keys(model), adapter, "UNet")
-        result = attach(patch(model, patches, adapter), StageFacts(adapter, number, loaded.step))
-        return io.NodeOutput(result, _patch_encoder(vae, loaded, adapter, strength))
+    def execute(
+        cls,
+        model,
+        adapter,
+        stage,
+        strength,
+        vae=None,
+        clip=None,
+        method="from file",
+        steps=1,
+        fidelity=1.0,
+        detail=1.0,
+    ) -> io.NodeOutput:
+        number = {"from file": None, "one": 1, "two": 2}[stage]
+        loaded = read_adapter(find_adapter(adapter), None if method == "from file" else method, number)
+        removed = low_patches(loaded.detail, unet_keys(model))
+        facts = StageFacts(
+            adapter,
+            loaded.stage,
+            loaded.method,
+            steps=loaded.steps,
+            count=steps,
+            branches=tuple(
+                (weight, {} if full else removed, -strength) for weight, full in loaded.dials(fidelity, detail)
+            ),
+            predictor=ManagedPredictor(loaded) if loaded.predictor else None,
+        )
+        facts.steps_for(loaded.stage or 1)  # a number of steps the method does not know fails here
+        result = attach(apply_to_unet(model, loaded, adapter, strength), facts)
+        return io.NodeOutput(result, apply_to_vae(vae, loaded, adapter, strength), _prompt(clip, loaded.method))
 
 
-def _scaled(lows: dict[str, Low], strength: float) -> dict[str, Low]:
-    return {path: Low(low.down, low.up, low.alpha * strength) for path, low in lows.items()}
-
-
-def _patch_encoder(vae, loaded: Adapter, name: str, strength: float):
-    if not loaded.encoder:
-        return vae
-    if vae is None:
-        raise CheckpointError(f"adapter {name!r} also changes the VAE encoder; connect the VAE to this node")
-    result = copy.copy(vae)
-    patches = as_patches(
-        _scaled(loaded.encoder, strength), encoder_keys(vae, list(loaded.encoder)), name, "VAE encoder"
-    )
-    result.patcher = patch(vae.patcher, patches, name)
-    return result
+def _prompt(clip: Any, method: str) -> Any:
+    """Return the CONDITIONING of the method's prompt, or what stops the node that asks for it without a CLIP."""
+    if clip is None:
+        return ExecutionBlocker("connect the checkpoint's CLIP to Load TUDSR Adapter to get its prompt")
+    text = METHODS[method].prompt
+    if text is None:
+        log.warning(
+            "%s was trained with tags of each picture; its conditioning output is the empty prompt. "
+            "For more, encode tags of your own and connect them instead",
+            METHODS[method].title,
+        )
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text or ""))

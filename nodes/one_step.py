@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from ..tudsr_core.methods import METHODS
 from ..tudsr_core.schedule import comfy_start_scale, from_noise_level, scaled_linear
-from .stages import facts_of
+from .stages import StageFacts, facts_of
 from .tiles import CATEGORY
 from .upscale import timestep_input
 
@@ -60,7 +61,11 @@ class OneStepLatent(io.ComfyNode):
 
 
 def _timestep(model, timestep: int) -> int:
-    facts = facts_of(model)
-    if timestep:
-        return from_noise_level(timestep).t
-    return facts.step.t if facts and facts.step else 200
+    facts = facts_of(model) or StageFacts("this MODEL")
+    steps = facts.steps_for(facts.stage or 1, timestep)
+    if len(steps) > 1 or len(facts.branches) > 1 or steps[0] != from_noise_level(steps[0].t):
+        raise ValueError(
+            f"{facts.name!r} ({METHODS[facts.method].title}) does not take its step from a noise level, which is all a "
+            "stock sampler can do; use TUDSR Stage One"
+        )
+    return steps[0].t

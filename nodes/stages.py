@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_sampling
 import torch
 
-from ..tudsr_core.pipeline import Model, Stage
+from ..tudsr_core.methods import METHODS
+from ..tudsr_core.pipeline import Model, NoisePredictor, Stage
 from ..tudsr_core.plan import StageLimits
-from ..tudsr_core.schedule import OneStep, from_noise_level, scaled_linear
+from ..tudsr_core.schedule import OneStep, scaled_linear
 from .backend import ComfyNetworks
 
 STAGE_KEY = "tudsr_stage"
@@ -18,12 +19,26 @@ STAGE_KEY = "tudsr_stage"
 
 @dataclass(frozen=True)
 class StageFacts:
-    """What an adapter says of itself; travels on the MODEL as an attachment."""
+    """What an adapter says of itself; travels on the MODEL as an attachment.
+
+    `steps`: the file's own formula, None for the method's, in `count` evaluations. `branches`:
+    `(w_j, patches, strength)` per branch of eps = sum of w_j B_j, the patches to add to MODEL for it.
+    """
 
     name: str
     stage: int | None = None
-    step: OneStep | None = None
+    method: str = "tudsr"
+    steps: tuple[OneStep, ...] | None = None
+    count: int = 1
     limits: StageLimits = field(default_factory=StageLimits)
+    branches: tuple[tuple[float, dict[str, Any], float], ...] = ((1.0, {}, 0.0),)
+    predictor: NoisePredictor | None = None
+
+    def steps_for(self, number: int, timestep: int = 0) -> tuple[OneStep, ...]:
+        """Return the steps as stage `number`; `timestep` above 0 replaces the trained one."""
+        if self.steps and not timestep:
+            return self.steps
+        return METHODS[self.method].steps(number, self.count, timestep)
 
 
 def attach(model: Any, facts: StageFacts) -> Any:
@@ -44,39 +59,56 @@ def build_stage(model: Any, vae: Any, conditioning: list, number: int, timestep:
     Raises ValueError for an adapter of the other stage, for models that do not predict eps on
     Stable Diffusion's schedule, and for a VAE or CONDITIONING of another model.
     """
-    facts = facts_of(model)
-    if facts and facts.stage not in (None, number):
+    facts = facts_of(model) or StageFacts("this MODEL")
+    if facts.stage not in (None, number):
         raise ValueError(
             f"{facts.name!r} is a stage-{_word(facts.stage)} adapter, but it is connected as stage {_word(number)}; "
             "swap the two MODEL inputs"
         )
-    if timestep:
-        step = from_noise_level(timestep)
-    else:
-        step = (facts.step if facts else None) or from_noise_level(200 if number == 1 else 50)
-    _check_model(model, step)
+    steps = facts.steps_for(number, timestep)
+    _check_model(model, steps)
     _check_companions(model, vae, conditioning)
-    return Stage(ComfyNetworks(model, vae, conditioning), step, f"stage {_word(number)}")
+    networks = [
+        (weight, ComfyNetworks(_with(model, patches, strength), vae, conditioning))
+        for weight, patches, strength in facts.branches
+    ]
+    alone = len(networks) == 1 and networks[0][0] == 1
+    return Stage(
+        networks[0][1],
+        steps,
+        f"stage {_word(number)}",
+        branches=() if alone else tuple(networks),
+        predictor=facts.predictor,
+    )
+
+
+def _with(model: Any, patches: dict[str, Any], strength: float) -> Any:
+    if not patches:
+        return model
+    clone = model.clone()
+    clone.add_patches(patches, strength)
+    return clone
 
 
 def _word(number: int) -> str:
     return {1: "one", 2: "two"}[number]
 
 
-def _check_model(model: Any, step: OneStep) -> None:
+def _check_model(model: Any, steps: tuple[OneStep, ...]) -> None:
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.V_PREDICTION):
         raise ValueError(
             "this MODEL does not predict noise (eps), so a one-step adapter cannot work on it; "
             "load SD2.1-base (512 px, v2-1_512-ema-pruned), not SD2.1 768-v"
         )
-    theirs = float(sampling.sigma(torch.tensor([step.t])))
-    ours = scaled_linear().sigma_at(step.t)
-    if abs(theirs / ours - 1) > 1e-3:
-        raise ValueError(
-            f"this MODEL has sigma {theirs:.4f} at timestep {step.t}, not Stable Diffusion's {ours:.4f}; "
-            "remove nodes that change its noise schedule, or load SD2.1-base"
-        )
+    for step in steps:
+        theirs = float(sampling.sigma(torch.tensor([step.t])))
+        ours = scaled_linear().sigma_at(step.t)
+        if abs(theirs / ours - 1) > 1e-3:
+            raise ValueError(
+                f"this MODEL has sigma {theirs:.4f} at timestep {step.t}, not Stable Diffusion's {ours:.4f}; "
+                "remove nodes that change its noise schedule, or load SD2.1-base"
+            )
 
 
 def _check_companions(model: Any, vae: Any, conditioning: list) -> None:
@@ -96,8 +128,13 @@ def _check_companions(model: Any, vae: Any, conditioning: list) -> None:
 
 
 def combine(first: Stage, second: Stage | None, limits: StageLimits | None = None) -> Model:
-    """Return the core's model; limits come from stage one's adapter unless given."""
+    """Return the core's model; limits come from stage one's adapter unless given.
+
+    Without a second stage, the first one goes as far as it was trained for.
+    """
     if limits is None:
         facts = facts_of(first.networks.model)
         limits = facts.limits if facts else StageLimits()
+        if second is None:
+            limits = replace(limits, single_up_to=limits.first_max)
     return Model(first, second, limits)

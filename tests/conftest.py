@@ -56,8 +56,8 @@ class IdentityNetworks:
 
 def identity_model(**options) -> Model:
     """Return a two-stage model of `IdentityNetworks` at t = 200 and t = 50."""
-    first = Stage(IdentityNetworks(200, **options), from_noise_level(200), "stage one")
-    second = Stage(IdentityNetworks(50), from_noise_level(50), "stage two")
+    first = Stage(IdentityNetworks(200, **options), (from_noise_level(200),), "stage one")
+    second = Stage(IdentityNetworks(50), (from_noise_level(50),), "stage two")
     return Model(first, second, StageLimits())
 
 

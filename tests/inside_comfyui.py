@@ -1,6 +1,8 @@
 """Checks that run inside ComfyUI's own interpreter; `test_comfyui_inside.py` starts this file.
 
-    COMFYUI_PYTHON tests/inside_comfyui.py COMFYUI_PATH      prints one JSON object {check: error or null}
+    COMFYUI_PYTHON tests/inside_comfyui.py COMFYUI_PATH FILES    prints one JSON object {check: error or null}
+
+FILES is a folder that the test has filled: adapters of every published format, and what peft makes of them.
 
 Plain functions and asserts, because pytest is not installed beside ComfyUI.
 """
@@ -32,7 +34,11 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import comfy.supported_models_base
+import sd_stand_in
 import torch
+from safetensors.torch import load_file
+
+PUBLISHED = Path(sys.argv[2])
 
 
 def load_pack(name="custom_nodes/a-folder-with.dots"):
@@ -429,47 +435,175 @@ def check_control_acts_in_the_upscaler():
     assert (outs[0] - outs[1]).abs().max() < 1e-5
 
 
-SMALL_VAE = dict(
-    block_out_channels=(32, 64),
-    down_block_types=("DownEncoderBlock2D",) * 2,
-    up_block_types=("UpDecoderBlock2D",) * 2,
-    layers_per_block=1,
-    latent_channels=4,
-)
-
-
-def check_encoder_adapters_equal_diffusers():
-    """Every kind of encoder module, the attention's linear layers among them, through a real ComfyUI VAE."""
-    from diffusers import AutoencoderKL
-
-    loaders, checkpoints, local = (part(f) for f in ("nodes.loaders", "tudsr_core.checkpoints", "tudsr_core.local"))
-    torch.manual_seed(0)
-    theirs = AutoencoderKL(**SMALL_VAE).eval()
+def published_model():
+    """The networks of `published.networks()`, loaded by ComfyUI from the original checkpoints' layout."""
+    scope = {}
+    exec(sd_stand_in.PACK, scope)  # registers the small SD2 with ComfyUI, as the test pack does
+    tensors = load_file(PUBLISHED / "base.safetensors")
+    unet = {key: value for key, value in tensors.items() if key.startswith("model.diffusion_model.")}
+    model = comfy.sd.load_diffusion_model_state_dict(unet)
+    converted = {key.removeprefix("first_stage_model."): v for key, v in tensors.items() if key.startswith("first_")}
     shape = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32}
     shape |= {"ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
-    converted = comfy.diffusers_convert.convert_vae_state_dict(theirs.state_dict())
     vae = comfy.sd.VAE(sd=converted, config={"params": {"ddconfig": shape, "embed_dim": 4}}, dtype=torch.float32)
-    vae.downscale_ratio = 2
-    lows, modules = {}, dict(theirs.encoder.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-            down, up = (
-                module.weight[:3].clone().normal_() * 0.2,
-                module.weight.new_empty(len(module.weight), 3).normal_(),
-            )
-            lows[name] = checkpoints.Low(down, up * 0.2, 6.0)
-    adapter = checkpoints.Adapter("test", {}, lows)
-    image = picture(1, 16, 24)
-    plain = vae.encode(image)
-    patched = loaders._patch_encoder(vae, adapter, "test", 1.0)
-    ours = patched.encode(image)
-    slot = local.LoraSlot(theirs.encoder, "VAE encoder")
-    slot.use(lows)
-    wanted = theirs.encode(image.movedim(-1, 1) * 2 - 1).latent_dist.mode()
-    assert any("to_q" in name for name in lows) and len(lows) >= 14
-    assert (ours - wanted).abs().max() < 2e-5 * max(1, float(wanted.abs().max())), float((ours - wanted).abs().max())
-    assert (ours - plain).abs().max() > 1e-2
-    assert torch.equal(vae.encode(image), plain)
+    vae.downscale_ratio = vae.upscale_ratio = 2
+    return model, vae
+
+
+def load_published(name, model=None, vae=None, stage="one", **options):
+    """Run Load TUDSR Adapter on a written file; returns (MODEL, VAE, CONDITIONING)."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path("tudsr", str(PUBLISHED))
+    path = next(path.name for path in PUBLISHED.iterdir() if path.stem == name)
+    base_model, base_vae = published_model()
+    node = NODES["TUDSRLoadAdapter"]
+    return node.execute(model or base_model, path, stage, 1.0, vae or base_vae, **options).args
+
+
+def comfy_eps(model, t):
+    given = load_file(PUBLISHED / "inputs.safetensors")
+    comfy.model_management.load_models_gpu([model], force_patch_weights=True)
+    steps = torch.full((len(given["z"]),), float(t))
+    return model.model.diffusion_model(given["z"], timesteps=steps, context=given["text"])
+
+
+def wanted(name):
+    return load_file(PUBLISHED / "wanted.safetensors")[name]
+
+
+def check_every_published_adapter_equals_peft_through_comfyui():
+    base, vae = published_model()
+    plain = comfy_eps(base, 200)
+    for name, t in (("omgsr", 273), ("osediff", 999), ("pisa_sr", 1), ("kohya", 200), ("diffusers", 200)):
+        model, patched, _ = load_published(name, base, vae)
+        ours, theirs = comfy_eps(model, t), wanted(f"{name}.eps")
+        assert (ours - theirs).abs().max() < 2e-5, (name, float((ours - theirs).abs().max()))
+        if name in ("omgsr", "osediff"):
+            pixels = load_file(PUBLISHED / "inputs.safetensors")["pixels"]
+            latent = patched.encode((pixels / 2 + 0.5).movedim(1, -1))
+            error = (latent - wanted(f"{name}.latent")).abs().max()
+            assert error < 2e-5 * max(1, wanted(f"{name}.latent").abs().max()), (name, float(error))
+            assert (vae.encode((pixels / 2 + 0.5).movedim(1, -1)) - latent).abs().max() > 1e-2
+    assert torch.equal(comfy_eps(base, 200), plain)
+
+
+def check_pisa_dials_through_comfyui():
+    stages, pipeline = part("nodes.stages"), part("tudsr_core.pipeline")
+    tiles = part("tudsr_core.tiles")
+    given = load_file(PUBLISHED / "inputs.safetensors")
+    pix, full = wanted("pisa_sr.pix"), wanted("pisa_sr.eps")
+    for fidelity, detail in ((1.0, 1.0), (0.6, 1.3), (1.0, 0.0)):
+        model, vae, _ = load_published("pisa_sr", fidelity=fidelity, detail=detail)
+        vae.downscale_ratio = vae.upscale_ratio = 8
+        stage = stages.build_stage(model, vae, [[given["text"], {}]], 1, 0)
+        plan = tiles.plan_tiles(16, 24, 64, 16)
+        options = pipeline.UpscaleOptions()
+        z = pipeline.restore_latent(pipeline.Start(given["z"]), stage, plan, options, lambda preview: None)
+        eps = fidelity * pix + detail * (full - pix)
+        assert (z - (given["z"] - eps)).abs().max() < 5e-5, (
+            fidelity,
+            detail,
+            float((z - given["z"] + eps).abs().max()),
+        )
+        assert stage.evaluations == (2 if fidelity != detail and detail else 1)
+
+
+def check_adapters_work_with_another_lora_stacked():
+    """Another LoRA on the same weights, before or after ours: both act, exactly."""
+    base, vae = published_model()
+    other = {"diffusion_model.input_blocks.0.0.weight": ("diff", (0.1 * noise(32, 4, 3, 3),))}
+    reference = base.clone()
+    reference.add_patches(other)
+    ours = load_published("osediff", reference, vae)[0]
+    after = load_published("osediff", base, vae)[0].clone()
+    after.add_patches(other)
+    assert (comfy_eps(ours, 999) - comfy_eps(after, 999)).abs().max() < 2e-5
+    assert (comfy_eps(ours, 999) - comfy_eps(load_published("osediff", base, vae)[0], 999)).abs().max() > 1e-3
+
+
+def check_adapters_work_on_offloaded_weights():
+    """Low VRAM: weights stay offloaded and are patched as they are cast."""
+    base, vae = published_model()
+    model = load_published("osediff", base, vae)[0]
+    whole = comfy_eps(model, 999)
+    comfy.model_management.unload_all_models()
+    model.load(torch.device("cpu"), lowvram_model_memory=1, force_patch_weights=False, full_load=False)
+    assert model.model.model_lowvram or getattr(model.model, "lowvram_patch_counter", 0)
+    given = load_file(PUBLISHED / "inputs.safetensors")
+    steps = torch.full((len(given["z"]),), 999.0)
+    offloaded = model.model.diffusion_model(given["z"], timesteps=steps, context=given["text"])
+    assert (offloaded - whole).abs().max() < 2e-5, float((offloaded - whole).abs().max())
+    model.detach()
+
+
+def check_adapters_work_on_an_fp8_base():
+    """The patch is added before rounding to fp8, so the result is near the adapter on the rounded base."""
+    tensors = load_file(PUBLISHED / "base.safetensors")
+    unet = {key: value for key, value in tensors.items() if key.startswith("model.diffusion_model.")}
+    published_model()
+    model = comfy.sd.load_diffusion_model_state_dict(unet, model_options={"dtype": torch.float8_e4m3fn})
+    assert model.model.diffusion_model.input_blocks[1][0].in_layers[2].weight.dtype == torch.float8_e4m3fn
+    plain = comfy_eps(model, 999)
+    patched = comfy_eps(load_published("osediff", model)[0], 999)
+    change, wanted_change = patched - plain, wanted("osediff.eps") - wanted("plain.eps")
+    likeness = torch.nn.functional.cosine_similarity(change.flatten(), wanted_change.flatten(), 0)
+    assert likeness > 0.9, float(likeness)
+
+
+def check_invsr_equals_its_formulas_written_out():
+    """InvSR through Load TUDSR Adapter and the upscaler against its formulas written out, 1 and 3 steps."""
+    stages, pipeline, plan = (part(name) for name in ("nodes.stages", "tudsr_core.pipeline", "tudsr_core.plan"))
+    given, image = load_file(PUBLISHED / "inputs.safetensors"), picture(1, 24, 32).movedim(-1, 1)
+    for count in (1, 3):
+        model, _, _ = load_published("noise_predictor", steps=count)
+        stage = stages.build_stage(model, FoldVAE(), [[given["text"][:1], {}]], 1, 0)
+        assert [step.t for step in stage.steps] == ([199] if count == 1 else [199, 99, 49])
+        alone = stages.combine(stage, None, plan.StageLimits(single_up_to=4))
+        options = pipeline.UpscaleOptions(color_fix="none", seed=5)
+        made = pipeline.upscale(image, alone, plan.Target(scale=4), options)
+        theirs = wanted(f"invsr.{count}")
+        assert (made - theirs).abs().max() < 1e-4, (count, float((made - theirs).abs().max()))
+        assert made.std() > 0.05
+
+
+def check_a_stock_sampler_refuses_what_it_cannot_do():
+    model = load_published("pisa_sr")[0]
+    try:
+        NODES["TUDSROneStepSigmas"].execute(model, 0)
+    except ValueError as error:
+        assert "PiSA-SR" in str(error)
+    else:
+        raise AssertionError("accepted")
+
+
+def check_the_loader_refuses_by_name():
+    for name, options, says in (
+        ("omgsr", {"steps": 3}, "cannot run in 3 steps"),
+        ("omgsr", {"fidelity": 0.5}, "no dials"),
+        ("osediff", {"method": "omgsr"}, "adapter of OSEDiff, not of OMGSR"),
+    ):
+        try:
+            load_published(name, **options)
+        except ValueError as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError(says)
+
+
+def check_the_methods_prompt_comes_from_the_users_clip():
+    class Words:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return [[tokens, {}]]
+
+    methods = part("tudsr_core.methods")
+    assert load_published("noise_predictor", clip=Words())[2] == [[methods.INVSR_PROMPT, {}]]
+    assert load_published("omgsr", clip=Words())[2] == [["", {}]]
+    blocked = load_published("omgsr")[2]
+    assert "CLIP" in blocked.message
 
 
 def check_extra_model_folders_are_searched():
@@ -487,18 +621,18 @@ def check_extra_model_folders_are_searched():
     (extra.parent / "outside.safetensors").write_bytes(b"")
     try:
         loaders.find_adapter("../outside.safetensors")
-    except part("tudsr_core.checkpoints").CheckpointError as error:
+    except part("tudsr_core.tensor_files").CheckpointError as error:
         assert "models" in str(error) or str(extra) in str(error)
     else:
         raise AssertionError("left the models folder")
 
 
 def check_an_adapter_for_another_unet_is_refused():
-    loaders, checkpoints = part("nodes.loaders"), part("tudsr_core.checkpoints")
-    low = checkpoints.Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
+    ours, adapters = part("nodes.adapters"), part("tudsr_core.adapters")
+    low = adapters.Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
     try:
-        loaders.as_patches({"nowhere.to_q": low}, {}, "foreign", "UNet")
-    except checkpoints.CheckpointError as error:
+        ours.apply(stub_model(), adapters.Patch({"nowhere.to_q": low}), {}, "foreign", "UNet")
+    except part("tudsr_core.tensor_files").CheckpointError as error:
         assert "foreign" in str(error) and "nowhere.to_q" in str(error)
     else:
         raise AssertionError("accepted")

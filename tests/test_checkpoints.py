@@ -1,23 +1,17 @@
 import json
-import pickle
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tudsr_core.checkpoints import (
-    Adapter,
-    CheckpointError,
-    Low,
-    embedded_path,
-    read_adapter,
-    read_model,
-    read_tensors,
-    write_adapter,
-)
-from tudsr_core.local import LoraSlot
-from tudsr_core.schedule import from_noise_level
+from tudsr_core.adapters import Adapter, Low, Patch
+from tudsr_core.checkpoints import embedded_path, read_adapter, read_model, write_adapter
+from tudsr_core.local import PatchSlot
+from tudsr_core.schedule import OneStep, from_noise_level
+from tudsr_core.tensor_files import CheckpointError
+
+HALVES = ("lora_down.weight", "lora_up.weight")
 
 
 class Net(nn.Module):
@@ -55,13 +49,12 @@ def test_a_peft_folder_gives_pefts_own_output(tmp_path, noise):
     )
     x = noise(2, 4, 5, 5)
     plain = base(x)
-    slot = LoraSlot(base, "UNet")
+    slot = PatchSlot(base, "UNet")
     slot.check(adapter.unet, "test")
     slot.use(adapter.unet)
     assert (base(x) - theirs(x)).abs().max() < 1e-5
     assert (base(x) - plain).abs().max() > 0.05
-    wrong_alpha = {name: Low(low.down, low.up, low.rank) for name, low in adapter.unet.items()}
-    slot.use(wrong_alpha)
+    slot.use(Patch({name: Low(low.down, low.up, low.rank) for name, low in adapter.unet.lows.items()}))
     assert (base(x) - theirs(x)).abs().max() > 1e-2
 
 
@@ -69,11 +62,11 @@ def test_a_peft_folder_gives_pefts_own_output(tmp_path, noise):
 def test_switching_back_and_forth_is_bit_exact(noise):
     torch.manual_seed(0)
     net, x = Net(), noise(1, 4, 5, 5)
-    slot = LoraSlot(net, "UNet")
-    lows = [{"conv1": Low(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 2.0)} for _ in range(2)]
+    slot = PatchSlot(net, "UNet")
+    patches = [Patch({"conv1": Low(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 2.0)}) for _ in range(2)]
     plain = net(x)
     outs = []
-    for choice in (lows[0], lows[1], lows[0], None):
+    for choice in (patches[0], patches[1], patches[0], None):
         slot.use(choice)
         outs.append(net(x))
     assert torch.equal(outs[0], outs[2])
@@ -83,12 +76,26 @@ def test_switching_back_and_forth_is_bit_exact(noise):
 
 def test_adapter_file_round_trip(tmp_path):
     lows = {"a.conv1": Low(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 4.0)}
-    adapter = Adapter("mine", lows, {"b": Low(torch.randn(2, 4), torch.randn(4, 2), 2.0)}, 2, from_noise_level(50))
+    encoder = {"encoder.b": Low(torch.randn(2, 4), torch.randn(4, 2), 2.0)}
+    weights = {"conv_in.weight": torch.randn(6, 4, 3, 3)}
+    adapter = Adapter("mine", Patch(lows, weights), Patch(encoder), stage=2, steps=(from_noise_level(49),))
     write_adapter(tmp_path / "a.safetensors", adapter)
     back = read_adapter(tmp_path / "a.safetensors")
-    assert (back.name, back.stage, back.step) == ("mine", 2, from_noise_level(50))
-    assert torch.equal(back.unet["a.conv1"].down, lows["a.conv1"].down)
-    assert (back.unet["a.conv1"].alpha, back.encoder["b"].alpha) == (4.0, 2.0)
+    assert (back.name, back.stage, back.steps, back.method) == ("mine", 2, (from_noise_level(49),), "tudsr")
+    assert torch.equal(back.unet.lows["a.conv1"].down, lows["a.conv1"].down)
+    assert torch.equal(back.unet.weights["conv_in.weight"], weights["conv_in.weight"])
+    assert (back.unet.lows["a.conv1"].alpha, back.vae.lows["encoder.b"].alpha) == (4.0, 2.0)
+
+
+def test_files_of_the_first_version_are_still_read(tmp_path):
+    tensors = {f"{part}.conv1.{half}": torch.ones(2, 2) for part in ("unet", "encoder") for half in HALVES}
+    tensors |= {f"{part}.conv1.alpha": torch.tensor(4.0) for part in ("unet", "encoder")}
+    step = {"t": 50, "p": 1.5, "q": -0.5, "a": 1.0, "b": 0.0}
+    about = {"format": "tudsr-adapter/1", "name": "old", "stage": "2", "step": json.dumps(step)}
+    save_file(tensors, tmp_path / "old.safetensors", about)
+    old = read_adapter(tmp_path / "old.safetensors")
+    assert (old.stage, old.steps) == (2, (OneStep(50, 1.5, -0.5),))
+    assert old.unet.lows["conv1"].alpha == old.vae.lows["encoder.conv1"].alpha == 4.0
 
 
 def change_file(folder, change):
@@ -135,7 +142,7 @@ def test_wrong_files_are_named(tmp_path):
         read_adapter(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="neither adapter_config.json"):
         read_adapter(tmp_path)
-    with pytest.raises(CheckpointError, match="not a stage adapter"):
+    with pytest.raises(CheckpointError, match="a whole model, not an adapter"):
         read_adapter(embedded_path())
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="not a tudsr model"):
@@ -143,26 +150,13 @@ def test_wrong_files_are_named(tmp_path):
 
 
 def test_an_adapter_for_another_base_is_refused():
-    slot = LoraSlot(Net(), "UNet")
-    with pytest.raises(CheckpointError, match="does not have"):
-        slot.check({"down.conv9": Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)}, "foreign")
-    with pytest.raises(CheckpointError, match="does not fit this UNet at to_q"):
-        slot.check({"to_q": Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)}, "foreign")
-
-
-class Evil:
-    def __reduce__(self):
-        return (eval, ("open('/tmp/tudsr-was-here', 'w')",))
-
-
-def test_pickles_are_never_executed(tmp_path):
-    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Evil()}))
-    torch.save({"state_dict": Evil()}, tmp_path / "evil2.ckpt")
-    for name in ("evil.ckpt", "evil2.ckpt"):
-        with pytest.raises(CheckpointError, match="read safely"):
-            read_tensors(tmp_path / name)
-    from pathlib import Path
-
-    assert not Path("/tmp/tudsr-was-here").exists()
-    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "good.ckpt")
-    assert torch.equal(read_tensors(tmp_path / "good.ckpt")["w"], torch.ones(2))
+    slot = PatchSlot(Net(), "UNet")
+    low = Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
+    for patch, says in (
+        (Patch({"down.conv9": low}), "does not have: down.conv9"),
+        (Patch(weights={"conv_out.bias": torch.zeros(1)}), "does not have: conv_out.bias"),
+        (Patch({"to_q": low}), "does not fit the shapes of this UNet at to_q"),
+        (Patch(weights={"conv1.bias": torch.zeros(1)}), "does not fit the shapes of this UNet at conv1.bias"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            slot.check(patch, "foreign")

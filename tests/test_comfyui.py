@@ -125,8 +125,8 @@ def test_adapters_on_sd21_equal_peft_in_diffusers(server):
     backbone = Backbone(vae, unet, lambda text: sd_stand_in.condition(), torch.device("cpu"), torch.float32)
     stages = [
         Stage(
-            LocalNetworks(backbone, read_adapter(server.base / "models/tudsr" / f"tudsr-stage-{word}")),
-            from_noise_level(t),
+            LocalNetworks(backbone, read_adapter(server.base / "models/tudsr" / f"tudsr-stage-{word}").unet),
+            (from_noise_level(t),),
         )
         for word, t in (("one", 200), ("two", 50))
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from comfyui import find
+from published import write_for_comfyui
 
 SCRIPT = Path(__file__).parent / "inside_comfyui.py"
 CHECKS = [
@@ -19,12 +20,14 @@ CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(tmp_path_factory):
     comfyui = find()
     if comfyui is None:
         pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    done = subprocess.run([python, str(SCRIPT), str(comfyui)], capture_output=True, text=True, timeout=900, cwd=comfyui)
+    files = write_for_comfyui(tmp_path_factory.mktemp("published"))
+    command = [python, str(SCRIPT), str(comfyui), str(files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=comfyui)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

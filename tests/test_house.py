@@ -10,17 +10,21 @@ CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
 RANKS = [
-    {"files", "image", "schedule", "tiles"},
-    {"color", "metrics", "plan", "prompts", "vae_tiling", "filter_bank"},
-    {"models.swin", "checkpoints", "edits", "pipeline", "prompters"},
-    {"models.ram", "sampling", "captions"},
-    {"models.dape", "zoom"},
-    {"sd21", "batch"},
+    {"files", "image", "schedule", "tiles", "known_files", "download"},
+    {"color", "metrics", "plan", "prompts", "vae_tiling", "filter_bank", "methods", "models.swin", "tensor_files"},
+    {"adapters", "edits", "models.invsr", "models.ram", "prompters"},
+    {"captions", "formats", "models.dape"},
+    {"checkpoints", "pipeline", "sd21"},
+    {"sampling"},
+    {"zoom"},
+    {"batch"},
     {"local"},
+    {"inspection"},
     {"training.data", "training.degradations", "training.identity"},
     {"evaluation", "training.embedded", "training.bank"},
+    {"console"},
+    {"cli_files", "cli_zoom"},
     {"cli"},
-    {"cli_zoom"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

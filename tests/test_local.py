@@ -1,11 +1,15 @@
+import published
 import pytest
 import torch
 from sd_layout import to_ldm
+from sd_stand_in import text_weights
 
 from tudsr_core.image import resize
-from tudsr_core.local import load_sd21, pick_device
-from tudsr_core.pipeline import UpscaleOptions, upscale
+from tudsr_core.local import AdapterOptions, load_sd21, pick_device
+from tudsr_core.pipeline import UpscaleOptions, plan_for, upscale
 from tudsr_core.plan import Target
+from tudsr_core.sd21 import Architecture, read_base
+from tudsr_core.tensor_files import CheckpointError
 from tudsr_core.vae_tiling import run_tiled
 
 
@@ -186,7 +190,7 @@ def test_posterior_sample_is_mode_plus_deviation_times_noise(small_sd):
 
 
 def test_sd21_refuses_what_does_not_fit(small_sd, tmp_path):
-    from tudsr_core.checkpoints import CheckpointError, read_adapter, write_adapter
+    from tudsr_core.checkpoints import read_adapter, write_adapter
 
     with pytest.raises(CheckpointError, match="does not exist"):
         load_sd21(tmp_path / "none", small_sd / "one")
@@ -200,16 +204,201 @@ def test_sd21_refuses_what_does_not_fit(small_sd, tmp_path):
         load_sd21(small_sd / "base", tmp_path / "two.safetensors", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def published_base(tmp_path_factory, small_sd):
+    """A diffusers folder of `published.networks()`, with the small text tower, and the adapters for it."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("published")
+    unet, vae = published.networks()
+    unet.save_pretrained(root / "base" / "unet")
+    vae.save_pretrained(root / "base" / "vae")
+    for part in ("text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(small_sd / "base" / part, root / "base" / part)
+    return root / "base", published.write_all(root)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "options", "branches"),
+    [
+        ("omgsr", AdapterOptions(method="omgsr"), 1),
+        ("osediff", AdapterOptions(prompt="a b"), 1),
+        ("pisa", AdapterOptions(), 1),
+        ("pisa", AdapterOptions(fidelity=0.6, detail=1.3), 2),
+    ],
+)
+def test_published_adapters_upscale_as_their_papers_say(published_base, name, options, branches):
+    """The whole way at x4 against the method's own formula over peft's networks."""
+    base, files = published_base
+    made, image = files[name], photo(16, 24)
+    model = load_sd21(base, made.path, device="cpu", options=options)
+    ticks = []
+    ours = upscale(
+        image,
+        model,
+        Target(scale=4),
+        UpscaleOptions(color_fix="none"),
+        lambda done, total, preview: ticks.append((done, total)),
+    )
+    assert ticks[-1][0] == ticks[-1][1] == 2 + branches
+    text = model.first.networks.condition(options.prompt or "")
+    z = made.vae.encode(resize(image, (64, 96)).clamp(0, 1) * 2 - 1).latent_dist.mode() * 0.18215
+    t = {"omgsr": 273, "osediff": 999, "pisa": 1}[name]
+
+    def eps(*names):
+        if names:
+            made.unet.set_adapter([f"default_{which}_{kind}" for kind in names for which in published.LISTS])
+        return made.unet(z, t, encoder_hidden_states=text).sample
+
+    if name == "pisa":
+        full, pixel = eps("pix", "sem"), eps("pix")
+        z = z - (options.fidelity * pixel + options.detail * (full - pixel))
+    else:
+        abar = {273: 0.635743, 999: 0.004660095}[t]
+        z = (z - (1 - abar) ** 0.5 * eps()) / abar**0.5
+    wanted = (made.vae.decode(z / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+    assert (ours - wanted).abs().max() < (1e-3 if t == 999 else 1e-4)
+    assert ours.std() > 0.05
+
+
+def test_invsr_noise_is_tiled_seeded_and_independent_of_the_tile_batch(published_base):
+    base, files = published_base
+    model = load_sd21(base, files["invsr"].path, device="cpu", options=AdapterOptions(steps=3, prompt="a"))
+    assert [step.t for step in model.first.steps] == [199, 99, 49]
+    image = photo(24, 32)
+
+    def run(**more):
+        return upscale(image, model, Target(scale=4), UpscaleOptions(tile_px=64, overlap_px=16, **more))
+
+    first = run()
+    assert torch.equal(first, run(tile_batch=3))
+    assert not torch.equal(first, run(seed=1))
+    plan = plan_for(model, (24, 32), Target(scale=4), UpscaleOptions(tile_px=64, overlap_px=16))
+    assert plan.calls == 4 * len(plan.stages[0].tiles)
+
+
+def test_a_method_says_what_prompt_it_needs(published_base, caplog):
+    base, files = published_base
+    model = load_sd21(base, files["osediff"].path, device="cpu")
+    assert model.first.prompt == "" and "tags of each picture" in caplog.text
+    assert load_sd21(base, files["invsr"].path, device="cpu").first.prompt.startswith("Cinematic, high-contrast")
+    with pytest.raises(ValueError, match="cannot run in 2 steps"):
+        load_sd21(base, files["omgsr"].path, device="cpu", options=AdapterOptions(steps=2))
+
+
+def test_one_adapter_alone_keeps_no_second_copy_of_its_weights(published_base):
+    base, files = published_base
+    alone = load_sd21(base, files["osediff"].path, device="cpu")
+    upscale(photo(8, 8), alone, Target(scale=4), UpscaleOptions(color_fix="none"))
+    slot = alone.first.networks.backbone.unet_slot
+    assert slot.active and not slot._originals
+    with pytest.raises(RuntimeError, match="were not kept"):
+        slot.use(None)
+
+
+def single_file(base, path, prefix="cond_stage_model.model.", **more):
+    """Write the base as one checkpoint in the original layout, its text tower under `prefix`."""
+    from safetensors.torch import save_file
+
+    vae, unet, _ = read_base(base)
+    tensors = to_ldm(unet, vae)
+    tensors |= {key.replace("cond_stage_model.model.", prefix): value for key, value in text_weights().items()}
+    save_file(tensors | more, path)
+    return Architecture(SMALL_UNET, SMALL_VAE, {**SMALL_TEXT, "hidden_act": "gelu"})
+
+
+@pytest.mark.parametrize("prefix", ["cond_stage_model.model.", "conditioner.embedders.0.model."])
+def test_the_text_tower_of_a_single_file_is_read(small_sd, tmp_path, prefix):
+    """Hidden state before the last layer, after the final norm, by the layers written out."""
+    architecture = single_file(small_sd / "base", tmp_path / "single.safetensors", prefix)
+    _, _, embed = read_base(tmp_path / "single.safetensors", architecture=architecture)
+    with torch.no_grad():
+        wanted = slow_text_tower(text_weights(), [49406, 49407] + [0] * 75, layers=2, heads=2)
+    assert (embed("")[0] - wanted).abs().max() < 1e-5
+    with pytest.raises(CheckpointError, match="add --tokenizer"):
+        embed("a")
+    _, _, embed = read_base(
+        tmp_path / "single.safetensors", architecture=architecture, tokenizer=small_sd / "base" / "tokenizer"
+    )
+    assert not torch.equal(embed("a b"), embed("b a"))
+
+
+def slow_text_tower(weights, ids, layers, heads):
+    """OpenCLIP's text transformer, one line per operation."""
+    w = {key.removeprefix("cond_stage_model.model."): value for key, value in weights.items()}
+    norm = torch.nn.functional.layer_norm
+    x = w["token_embedding.weight"][ids] + w["positional_embedding"]
+    mask = torch.full((len(ids), len(ids)), -torch.inf).triu(1)
+    for layer in range(layers):
+        b = f"transformer.resblocks.{layer}."
+        h = norm(x, (32,), w[b + "ln_1.weight"], w[b + "ln_1.bias"])
+        q, k, v = (h @ w[b + "attn.in_proj_weight"].T + w[b + "attn.in_proj_bias"]).chunk(3, -1)
+        split = [one.view(len(ids), heads, -1).transpose(0, 1) for one in (q, k, v)]
+        attention = (split[0] @ split[1].transpose(1, 2) / (32 / heads) ** 0.5 + mask).softmax(-1) @ split[2]
+        h = attention.transpose(0, 1).reshape(len(ids), 32)
+        x = x + h @ w[b + "attn.out_proj.weight"].T + w[b + "attn.out_proj.bias"]
+        h = norm(x, (32,), w[b + "ln_2.weight"], w[b + "ln_2.bias"])
+        h = torch.nn.functional.gelu(h @ w[b + "mlp.c_fc.weight"].T + w[b + "mlp.c_fc.bias"])
+        x = x + h @ w[b + "mlp.c_proj.weight"].T + w[b + "mlp.c_proj.bias"]
+    return norm(x, (32,), w["ln_final.weight"], w["ln_final.bias"])
+
+
+def test_v_prediction_checkpoints_are_refused(small_sd, tmp_path):
+    key = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    for spread, says in ((0.04, None), (0.11, "predicts v")):
+        bias = torch.randn(32, generator=torch.Generator().manual_seed(0))
+        architecture = single_file(small_sd / "base", tmp_path / "x.safetensors", **{key: bias / bias.std() * spread})
+        if says:
+            with pytest.raises(CheckpointError, match=says):
+                read_base(tmp_path / "x.safetensors", architecture=architecture)
+        else:
+            read_base(tmp_path / "x.safetensors", architecture=architecture)
+
+
+def test_folders_may_be_half_precision_sharded_or_old(small_sd, tmp_path):
+    """fp16 file names, several files with an index, .bin pickles, and the attention names of 2022."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    wanted_vae, wanted_unet, _ = read_base(small_sd / "base")
+    shutil.copytree(small_sd / "base", tmp_path / "base")
+    stem = "diffusion_pytorch_model"
+    unet = tmp_path / "base" / "unet"
+    tensors = load_file(unet / f"{stem}.safetensors")
+    (unet / f"{stem}.safetensors").unlink()
+    names = sorted(tensors)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, unet / f"part-{number}.safetensors")
+    index = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
+    (unet / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    vae = tmp_path / "base" / "vae"
+    renamed = load_file(vae / f"{stem}.safetensors")
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        renamed = {key.replace(f".{new}.", f".{old}."): value for key, value in renamed.items()}
+    (vae / f"{stem}.safetensors").unlink()
+    torch.save(renamed, vae / f"{stem}.bin")
+    made_vae, made_unet, _ = read_base(tmp_path / "base", torch.float16)
+    for made, wanted in ((made_vae, wanted_vae), (made_unet, wanted_unet)):
+        for key, value in wanted.state_dict().items():
+            assert torch.equal(made.state_dict()[key], value.half()), key
+    (vae / f"{stem}.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="it is empty"):
+        read_base(tmp_path / "base")
+
+
 def test_sd21_single_file_equals_the_folder(small_sd, tmp_path):
     """The same weights under the original checkpoint's names give the same networks."""
     from safetensors.torch import save_file
 
-    from tudsr_core.sd21 import Architecture, read_base
-
     vae, unet, embed = read_base(small_sd / "base")
     tensors = to_ldm(unet, vae)
     save_file(tensors, tmp_path / "single.safetensors")
-    made_vae, made_unet, _ = read_base(tmp_path / "single.safetensors", Architecture(SMALL_UNET, SMALL_VAE, SMALL_TEXT))
+    made_vae, made_unet, _ = read_base(
+        tmp_path / "single.safetensors", architecture=Architecture(SMALL_UNET, SMALL_VAE, SMALL_TEXT)
+    )
     for made, wanted in ((made_vae, vae), (made_unet, unet)):
         for key, value in wanted.state_dict().items():
             assert torch.equal(made.state_dict()[key], value), key

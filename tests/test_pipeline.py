@@ -79,14 +79,16 @@ def test_pointwise_network_tiled_equals_untiled(noise):
 
 def test_tiled_step_equals_the_published_blend(noise):
     """z_H of a position-dependent network against a slow average written out (tiles 64 / 32)."""
-    from tudsr_core.pipeline import restore_latent
+    from tudsr_core.pipeline import Start, restore_latent
     from tudsr_core.tiles import plan_tiles
 
     z = noise(1, 4, 96, 160) - 0.5
     ramp = torch.linspace(0, 1, 64).view(1, 1, 64, 1)
     model = identity_model(eps=lambda tile: tile * ramp)
     options = UpscaleOptions(window="published")
-    ours = restore_latent(z, model.first, plan_tiles(96, 160, 64, 32, spacing="stride"), options, lambda preview: None)
+    ours = restore_latent(
+        Start(z), model.first, plan_tiles(96, 160, 64, 32, spacing="stride"), options, lambda preview: None
+    )
     above, below = torch.zeros(1, 4, 96, 160, dtype=torch.float64), torch.zeros(96, 160, dtype=torch.float64)
 
     def density(i, middle):

@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tudsr_core.schedule import comfy_start_scale, from_noise_level, residual, scaled_linear
+from tudsr_core.methods import METHODS, method_named
+from tudsr_core.schedule import comfy_start_scale, euler, from_noise_level, residual, scaled_linear
 
 # t: (abar, sqrt(abar), sqrt(1 - abar), sigma), six digits, independent of this code.
 TABLE = {
@@ -79,23 +80,55 @@ def test_pisa_dials_are_a_weighted_sum_of_two_passes(noise):
         assert torch.allclose(residual().finish(z, (l_pix - l_sem) * pix + l_sem * full), wanted, atol=1e-6)
 
 
-def test_invsr_vp_form_equals_its_euler_step(noise):
-    """x = z + sigma n; x <- x - sigma eps (one Euler step to 0) equals the VP form."""
+@pytest.mark.parametrize("timesteps", [(199,), (199, 99, 49), (249, 199, 149, 99, 49)])
+def test_invsr_vp_form_equals_its_euler_steps(noise, timesteps):
+    """x = z + sigma n; then x <- x + (sigma' - sigma) eps(x / sqrt(1 + sigma^2)) down to zero."""
     z, n = noise(1, 4, 8, 8).double(), noise(1, 4, 8, 8, seed=1).double()
-    step, sigma = from_noise_level(199, noisy=True), scaled_linear().sigma_at(199)
+    sigmas = [scaled_linear().sigma_at(t) for t in timesteps] + [0.0]
 
-    def unet(x):
-        return (x * 2).cos()
+    def unet(x, t):
+        return (x * 2).cos() + t / 1000
 
-    x = z + sigma * n
-    euler = x + unet(x / (1 + sigma**2) ** 0.5) * (0 - sigma)
-    z_in = step.start(z, n)
-    assert torch.allclose(step.finish(z_in, unet(z_in)).double(), euler, atol=1e-5)
+    x = z + sigmas[0] * n
+    for t, sigma, after in zip(timesteps, sigmas, sigmas[1:], strict=False):
+        x = x + unet(x / (1 + sigma**2) ** 0.5, t) * (after - sigma)
+    steps = euler(timesteps)
+    ours = steps[0].start(z, n)
+    for step in steps:
+        ours = step.finish(ours, unet(ours.double(), step.t))
+    assert [step.t for step in steps] == list(timesteps)
+    assert (ours.double() - x).abs().max() < 1e-5
+
+
+def test_osediff_closed_form_equals_the_ddpm_posterior_mean(noise):
+    """The DDPM step t = 999 -> "-1" (alpha_prev = 1), written out from its two coefficients."""
+    z, eps = noise(1, 4, 8, 8).double(), noise(1, 4, 8, 8, seed=1).double()
+    abar, before = scaled_linear().abar_at(999), 1.0
+    alpha = abar / before
+    start = (z - (1 - abar) ** 0.5 * eps) / abar**0.5
+    mean = before**0.5 * (1 - alpha) / (1 - abar) * start + alpha**0.5 * (1 - before) / (1 - abar) * z
+    assert torch.allclose(METHODS["osediff"].steps()[0].finish(z, eps).double(), mean, rtol=1e-4)
+
+
+def test_the_methods_have_their_published_timesteps():
+    table = {name: [step.t for step in method.steps()] for name, method in METHODS.items()}
+    assert table == {"tudsr": [200], "omgsr": [273], "osediff": [999], "pisa-sr": [1], "invsr": [199]}
+    assert METHODS["tudsr"].steps(stage=2)[0].t == 50
+    assert METHODS["omgsr"].steps(timestep=195)[0] == from_noise_level(195)
+    for name in ("pisa-sr", "invsr"):
+        with pytest.raises(ValueError, match="part of the method"):
+            METHODS[name].steps(timestep=50)
+    with pytest.raises(ValueError, match="cannot run in 6 steps"):
+        METHODS["invsr"].steps(count=6)
+    with pytest.raises(ValueError, match="omgsr, osediff"):
+        method_named("sinsr")
 
 
 def test_missing_noise_and_wrong_timesteps_are_refused(noise):
     with pytest.raises(ValueError, match="noise"):
-        from_noise_level(199, noisy=True).start(noise(1, 4, 8, 8))
+        euler((199,))[0].start(noise(1, 4, 8, 8))
+    with pytest.raises(ValueError, match="must fall"):
+        euler((99, 199))
     for t in (-1, 1000):
         with pytest.raises(ValueError, match="timestep"):
             from_noise_level(t)

@@ -11,7 +11,7 @@ from test_dape import read as read_small
 from test_local import small_sd  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
-from tudsr_core.cli_zoom import app
+from tudsr_core.cli import app
 from tudsr_core.image import resize
 from tudsr_core.models.dape import load_tagger, write_tagger
 from tudsr_core.plan import Target

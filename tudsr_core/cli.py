@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import time
-from enum import Enum
-from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +12,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__
+from .cli_files import add_file_commands
+from .cli_zoom import add_zoom_command
+from .console import (
+    ColorName,
+    Device,
+    DeviceOption,
+    MethodName,
+    Precision,
+    PrecisionOption,
+    Suffix,
+    WindowName,
+    err,
+    one_line_errors,
+    out,
+    run_jobs,
+)
 
 app = typer.Typer(
     help="Diffusion super-resolution in two one-step stages (TUDSR).",
@@ -26,44 +38,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+add_file_commands(app)
+add_zoom_command(app)
 
-Device = Enum("Device", {name: name for name in ("auto", "cpu", "cuda", "mps")}, type=str)
-Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
-WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", "published")}, type=str)
-ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "none")}, type=str)
-Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, type=str)
 
 ModelOption = Annotated[
     str, typer.Option(help="'embedded', a tudsr-model .safetensors, or an SD2.1-base folder or checkpoint.")
 ]
-StageOne = Annotated[Path | None, typer.Option(help="Stage-one adapter, when --model is SD2.1-base.")]
-StageTwo = Annotated[Path | None, typer.Option(help="Stage-two adapter, when --model is SD2.1-base.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Precision of the networks.")]
-
-
-def _complain(error: BaseException) -> None:
-    text = " ".join(str(error).split()) or type(error).__name__
-    err.print(f"error: {text}", style="red", markup=False)
-
-
-def one_line_errors(command):
-    """Wrap a command so that expected failures and Ctrl-C end it with one line and an exit code."""
-
-    @wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError, MemoryError) as error:
-            _complain(error)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _complain(RuntimeError("interrupted; nothing half-written was left"))
-            raise typer.Exit(130) from None
-
-    return wrapped
+StageOne = Annotated[
+    Path | None, typer.Option(help="Adapter, when --model is a base model: TUDSR, OMGSR, OSEDiff, PiSA-SR or InvSR.")
+]
+StageTwo = Annotated[Path | None, typer.Option(help="TUDSR's stage-two adapter, for more than x4.")]
+MethodOption = Annotated[MethodName | None, typer.Option(help="For peft folders, which do not say: tudsr or omgsr.")]
+PromptOption = Annotated[str | None, typer.Option(help="Prompt instead of the method's own.")]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="Folder with CLIP's vocab.json and merges.txt, for prompts with a single file.")
+]
+StepsOption = Annotated[int, typer.Option(help="Network evaluations per tile: 1 to 5 with InvSR, else 1.")]
+FidelityOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the pixel-level part.")]
+DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semantic part.")]
 
 
 @app.command()
@@ -78,6 +71,13 @@ def upscale(
     model: ModelOption = "embedded",
     stage_one: StageOne = None,
     stage_two: StageTwo = None,
+    method: MethodOption = None,
+    timestep: Annotated[int, typer.Option(help="Timestep of stage one; 0: as trained.")] = 0,
+    steps: StepsOption = 1,
+    fidelity: FidelityOption = 1.0,
+    detail: DetailOption = 1.0,
+    prompt: PromptOption = None,
+    tokenizer: TokenizerOption = None,
     device: DeviceOption = Device.auto,
     dtype: PrecisionOption = Precision.fp32,
     tile: Annotated[int | None, typer.Option(help="Tile side in pixels; lower it if memory runs out.")] = None,
@@ -95,6 +95,7 @@ def upscale(
 ) -> None:
     """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
     from .batch import Output, finish_job, open_job, plan_jobs
+    from .local import AdapterOptions
     from .pipeline import UpscaleOptions
     from .plan import Target
 
@@ -114,61 +115,36 @@ def upscale(
         scale = 4.0
     target = Target(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
-    networks = _load(model, stage_one, stage_two, device, dtype)
+    use = AdapterOptions(method and method.value, timestep, steps, prompt, fidelity, detail, tokenizer)
+    networks = _load(model, stage_one, stage_two, device, dtype, use)
     if not dry_run and jobs[0].output.parent == output:
         output.mkdir(parents=True, exist_ok=True)
-    written = Output(bits, quality, force)
+    how = networks, target, options, Output(bits, quality, force)
     failed = run_jobs(
         jobs,
-        lambda job: open_job(job, networks, target, options, written, dry_run),
-        lambda job, picture, tick: finish_job(job, picture, networks, target, options, written, tick),
+        lambda job: open_job(job, *how, dry_run),
+        lambda job, picture, tick: finish_job(job, picture, *how, tick),
         dry_run,
     )
     if failed:
         raise typer.Exit(1)
 
 
-def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision):
-    from .local import load_embedded, load_sd21
+def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision, use=None):
+    from .local import AdapterOptions, load_embedded, load_sd21
 
     path = Path(model)
     if stage_one:
         if model == "embedded":
             raise ValueError("--stage-one belongs to a base model; add --model with SD2.1-base")
-        return load_sd21(path, stage_one, stage_two, device.value, dtype.value)
+        return load_sd21(path, stage_one, stage_two, device.value, dtype.value, use)
+    if use not in (None, AdapterOptions()):
+        raise ValueError("method, timestep, steps, prompt, fidelity and detail belong to an adapter; add --stage-one")
     if model == "embedded":
         return load_embedded(device.value, dtype.value)
     if path.is_dir() or stage_two:
         raise ValueError(f"--model {model} is a base model; add --stage-one with its adapter")
     return load_embedded(device.value, dtype.value, path)
-
-
-def run_jobs(jobs, open_one, finish_one, dry_run: bool = False) -> int:
-    """Read, show, compute and write every job; return how many failed."""
-    failed = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    for job in jobs:
-        began = time.monotonic()
-        try:
-            picture, lines = open_one(job)
-            out.print(f"{job.source} -> {job.output}", *(f"  {line}" for line in lines), sep="\n", markup=False)
-            if dry_run:
-                continue
-            with Progress(*columns, console=err, transient=True) as bar:
-                task = bar.add_task(job.source.name, total=None)
-
-                def tick(done: int, total: int, preview: object, bar=bar, task=task) -> None:
-                    bar.update(task, completed=done, total=total)
-
-                result = finish_one(job, picture, tick)
-            height, width = result.size
-            seconds = time.monotonic() - began
-            rate = seconds / (height * width / 1e6)
-            out.print(f"  {width} x {height} written in {seconds:.1f} s ({rate:.1f} s per megapixel)", markup=False)
-        except (ValueError, MemoryError) as error:
-            failed += 1
-            _complain(error)
-    return failed
 
 
 @app.command()
@@ -189,10 +165,8 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     job = Job(example_path(), output / "demo-x8.png")
     networks = _load("embedded", None, None, device, Precision.fp32)
-    run = networks, Target(scale=8), UpscaleOptions(), Output(overwrite=True)
-    if run_jobs(
-        [job], lambda job: open_job(job, *run), lambda job, picture, tick: finish_job(job, picture, *run, tick)
-    ):
+    how = networks, Target(scale=8), UpscaleOptions(), Output(overwrite=True)
+    if run_jobs([job], lambda job: open_job(job, *how), lambda job, image, tick: finish_job(job, image, *how, tick)):
         raise typer.Exit(1)
     small, ours = read_picture(job.source), read_picture(job.output)
     panels = output / "demo-compare.png"
@@ -224,7 +198,7 @@ def info() -> None:
     table.add_row("mps", "available" if torch.backends.mps.is_available() else "not available")
     table.add_row("device used", str(pick_device()))
     file = read_model(embedded_path())
-    stages = f"stage one t={file.first_step.t}, stage two t={file.second.step.t}"
+    stages = f"stage one t={file.first_step.t}, stage two t={file.second.steps_for(2)[0].t}"
     table.add_row("embedded model", f"{file.name}, {embedded_path().stat().st_size / 2**20:.1f} MiB, {stages}")
     out.print(table)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli import (
+from .console import (
     ColorName,
     Device,
     DeviceOption,
@@ -16,7 +16,6 @@ from .cli import (
     PrecisionOption,
     Suffix,
     WindowName,
-    app,
     one_line_errors,
     run_jobs,
 )
@@ -24,12 +23,16 @@ from .cli import (
 StartName = Enum("StartName", {name: name for name in ("picture", "noise")}, type=str)
 
 
-@app.command()
-@one_line_errors
+def add_zoom_command(app: typer.Typer) -> None:
+    """Give `app` the command."""
+    app.command()(one_line_errors(zoom))
+
+
 def zoom(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")],
-    model: Annotated[Path, typer.Option(help="Diffusers folder of Stable Diffusion 2.x.")],
+    model: Annotated[Path, typer.Option(help="Stable Diffusion 2.x: a diffusers folder, or a file.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="CLIP's folder, when --model is a single file.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The same words for every tile.")] = None,
     tile_prompts: Annotated[
         Path | None, typer.Option(help="One prompt per tile, in reading order: JSON, or a text file of lines.")
@@ -84,7 +87,7 @@ def zoom(
     target = Target(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
     source = _source(prompt, tile_prompts, dape, _given(suffix=quality_words, negative=negative), device)
-    networks = load_sd2(model, device.value, dtype.value)
+    networks = load_sd2(model, device.value, dtype.value, tokenizer)
     if not dry_run and jobs[0].output.parent == output:
         output.mkdir(parents=True, exist_ok=True)
     written = ZoomOutput(overwrite=force, prompts=save_prompts)

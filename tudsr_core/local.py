@@ -8,30 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import (
-    Adapter,
-    CheckpointError,
-    Low,
-    embedded_path,
-    read_adapter,
-    read_model,
-)
-from .pipeline import Model, Predict, Stage
+from .adapters import Adapter, Patch, PatchSlot
+from .checkpoints import DTYPES, embedded_path, read_adapter, read_model
+from .models.invsr import build_predictor
+from .pipeline import Model, NoisePredictor, Predict, Stage
 from .plan import NetworkFacts, StageLimits
-from .schedule import from_noise_level, scaled_linear
+from .schedule import scaled_linear
+from .sd21 import PREDICTIONS, read_base, read_prediction
 from .tiles import Tile
 from .vae_tiling import TILE_PX, Reach, count_tiles, find_reaches, run_tiled
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Peak activations per pixel in float32, measured as growth of the resident set at 512 x 512: the
 # embedded model's tile; SD2.1's UNet, and its VAE on the whole picture.
 LOCAL_TILE_BYTES, SD_TILE_BYTES, SD_PICTURE_BYTES = 600, 1100, 4400
@@ -46,46 +41,6 @@ def pick_device(name: str = "auto") -> torch.device:
         have = ", ".join(kind for kind, present in available.items() if present)
         raise ValueError(f"device {name!r} is not available here; use one of: auto, {have}")
     return torch.device(name)
-
-
-class LoraSlot:
-    """A network whose weights can carry one set of low-rank updates at a time.
-
-    Updates are merged into the weights; the originals of what was touched are kept, so that going
-    back is bit-exact and base weights exist once.
-    """
-
-    def __init__(self, network: nn.Module, name: str) -> None:
-        self.network, self.name = network, name
-        self.active: dict[str, Low] | None = None
-        self._originals: dict[str, Tensor] = {}
-
-    def check(self, lows: dict[str, Low], source: str) -> None:
-        """Raise CheckpointError unless every update has a module whose weight it fits."""
-        modules = dict(self.network.named_modules())
-        for path, low in lows.items():
-            weight = getattr(modules.get(path), "weight", None)
-            if weight is None:
-                raise CheckpointError(f"adapter {source} updates {path}, which this {self.name} does not have")
-            if low.up.shape[0] * low.down[0].numel() != weight.numel():
-                raise CheckpointError(f"adapter {source} does not fit this {self.name} at {path}: other base model")
-
-    @torch.no_grad()
-    def use(self, lows: dict[str, Low] | None) -> None:
-        """Make `lows` the merged updates; None or an empty dict restores the base weights."""
-        lows = lows or None
-        if lows is self.active:
-            return
-        modules = dict(self.network.named_modules())
-        for path, original in self._originals.items():
-            modules[path].weight.copy_(original)
-        self._originals.clear()
-        for path, low in (lows or {}).items():
-            weight = modules[path].weight
-            self._originals[path] = weight.detach().clone()
-            low = replace(low, down=low.down.to(weight.device), up=low.up.to(weight.device))
-            weight.add_(low.delta(weight).to(weight.dtype))
-        self.active = lows
 
 
 @dataclass
@@ -106,8 +61,7 @@ class Backbone:
         for network in (self.vae, self.unet):
             # Past diffusers' own `to`, which warns about modules these networks do not have.
             nn.Module.to(network, self.device, self.dtype).eval().requires_grad_(False)
-        self.unet_slot = LoraSlot(self.unet, "UNet")
-        self.encoder_slot = LoraSlot(getattr(self.vae, "encoder", self.vae), "VAE encoder")
+        self.unet_slot, self.vae_slot = PatchSlot(self.unet, "UNet"), PatchSlot(self.vae, "VAE")
 
     @property
     def latent_scale(self) -> int:
@@ -150,15 +104,13 @@ class Backbone:
 
 
 class LocalNetworks:
-    """One stage: a backbone that it shares, seen with this stage's adapter."""
+    """One stage: a backbone that it shares, seen with this stage's patches."""
 
-    def __init__(self, backbone: Backbone, adapter: Adapter | None = None) -> None:
+    def __init__(self, backbone: Backbone, unet: Patch | None = None, vae: Patch | None = None, name: str = "") -> None:
         self.backbone = backbone
-        self.unet_updates = adapter.unet if adapter else None
-        self.encoder_updates = adapter.encoder if adapter else None
-        if adapter:
-            backbone.unet_slot.check(adapter.unet, adapter.name)
-            backbone.encoder_slot.check(adapter.encoder, adapter.name)
+        self.unet_patch, self.vae_patch = unet or Patch(), vae or Patch()
+        backbone.unet_slot.check(self.unet_patch, name)
+        backbone.vae_slot.check(self.vae_patch, name)
 
     @property
     def facts(self) -> NetworkFacts:
@@ -173,7 +125,7 @@ class LocalNetworks:
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
         """Return scaled float32 latents of `B 3 H W` in 0..1 on the CPU."""
-        self.backbone.encoder_slot.use(self.encoder_updates)
+        self.backbone.vae_slot.use(self.vae_patch)
 
         def network(x: Tensor) -> Tensor:
             mean, std = self.backbone.moments(self._in(x * 2 - 1))
@@ -194,11 +146,11 @@ class LocalNetworks:
         part: tuple[int, ...],
         body: Callable[[Predict], Tensor],
     ) -> Tensor:
-        """Return `body(predict)` with this stage's updates in the UNet.
+        """Return `body(predict)` with this stage's patch in the UNet.
 
         `condition` is one for all tiles, or a list with one for each, by `Tile.index`.
         """
-        self.backbone.unet_slot.use(self.unet_updates)
+        self.backbone.unet_slot.use(self.unet_patch)
         return body(lambda parts, tiles: self._predict_all(parts, t, self._rows(condition, len(parts), tiles)))
 
     def _rows(self, condition: Tensor | list[Tensor], count: int, tiles: Sequence[Tile]) -> Tensor:
@@ -263,9 +215,28 @@ def load_embedded(device: str = "auto", dtype: str = "fp32", path: Path | None =
     unet.load_state_dict(file.unet)
     empty = torch.zeros(1, 1, unet.config.cross_attention_dim)
     backbone = Backbone(vae, unet, lambda *texts: empty.expand(len(texts), -1, -1), pick_device(device), DTYPES[dtype])
-    first = Stage(LocalNetworks(backbone), file.first_step, "stage one")
-    second = Stage(LocalNetworks(backbone, file.second), file.second.step, "stage two")
+    first = Stage(LocalNetworks(backbone), (file.first_step,), "stage one")
+    second = Stage(LocalNetworks(backbone, file.second.unet, name="stage two"), file.second.steps_for(2), "stage two")
     return Model(first, second, file.limits)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How adapters are used, beyond what their files say.
+
+    `method`: for files that leave it open (peft folders: tudsr or omgsr). `timestep`: of stage one, 0
+    for the method's own. `steps`: network evaluations per tile (InvSR). `prompt`: None for the
+    method's own. `fidelity` and `detail`: PiSA-SR's l_pix and l_sem. `tokenizer`: CLIP's folder, for
+    prompts with a single-file base.
+    """
+
+    method: str | None = None
+    timestep: int = 0
+    steps: int = 1
+    prompt: str | None = None
+    fidelity: float = 1.0
+    detail: float = 1.0
+    tokenizer: Path | None = None
 
 
 def load_sd21(
@@ -274,39 +245,64 @@ def load_sd21(
     stage_two: Path | None = None,
     device: str = "auto",
     dtype: str = "fp32",
-    timesteps: tuple[int, int] = (200, 50),
+    options: AdapterOptions | None = None,
 ) -> Model:
-    """Return SD2.1-base from a diffusers folder or a single checkpoint file, with stage adapters.
+    """Return SD2.1-base or SD-Turbo, from a folder or a single checkpoint file, with stage adapters.
 
-    `timesteps` are used where an adapter does not carry its own. Raises CheckpointError for
-    missing or unsuitable files, and for a stage-two adapter given as stage one.
+    Raises CheckpointError for missing or unsuitable files and for a stage-two adapter given as stage
+    one, ValueError for options the method does not have.
     """
-    from .sd21 import read_base
-
-    vae, unet, embed = read_base(base)
+    options = options or AdapterOptions()
+    adapters = [read_adapter(stage_one, options.method, 1)]
+    if stage_two is not None:
+        adapters.append(read_adapter(stage_two, options.method, 2))
+    vae, unet, embed = read_base(base, DTYPES[dtype], tokenizer=options.tokenizer)
     backbone = Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype])
-    first = _adapted_stage(backbone, stage_one, 1, timesteps[0])
-    if stage_two is None:
-        return Model(first, None, StageLimits(single_up_to=StageLimits().first_max))
-    return Model(first, _adapted_stage(backbone, stage_two, 2, timesteps[1]), StageLimits())
+    stages = [_adapted_stage(backbone, adapter, options) for adapter in adapters]
+    if len(stages) == 2:
+        return Model(*stages, StageLimits())
+    backbone.vae_slot.keep = False
+    backbone.unet_slot.keep = len(stages[0].branches) > 1
+    largest = adapters[0].about.first_max
+    return Model(stages[0], None, StageLimits(first_max=largest, single_up_to=largest))
 
 
-def load_sd2(base: Path, device: str = "auto", dtype: str = "fp32") -> LocalNetworks:
+def load_sd2(base: Path, device: str = "auto", dtype: str = "fp32", tokenizer: Path | None = None) -> LocalNetworks:
     """Return a Stable Diffusion model as it is, without adapters, from a folder or checkpoint file.
 
-    Epsilon and v prediction (SD2.1 at 768) are both understood. Raises CheckpointError.
+    Folders of epsilon and of v prediction (SD2.1 at 768) are understood. `tokenizer` is CLIP's
+    folder, for prompts with a single file. Raises CheckpointError.
     """
-    from .sd21 import PREDICTIONS, read_base, read_prediction
+    vae, unet, embed = read_base(base, DTYPES[dtype], tokenizer=tokenizer, predictions=PREDICTIONS)
+    backbone = Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype], read_prediction(base))
+    return LocalNetworks(backbone)
 
-    vae, unet, embed = read_base(base, predictions=PREDICTIONS)
-    return LocalNetworks(Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype], read_prediction(base)))
+
+def _adapted_stage(backbone: Backbone, adapter: Adapter, options: AdapterOptions) -> Stage:
+    first = adapter.stage == 1
+    prompt = adapter.about.prompt if options.prompt is None else options.prompt
+    if prompt is None:
+        log.warning("%s was trained with tags of each picture; without --prompt it gets the empty one", adapter.name)
+    networks = [
+        (weight, LocalNetworks(backbone, patch, adapter.vae, adapter.name))
+        for weight, patch in adapter.branches(options.fidelity, options.detail)
+    ]
+    return Stage(
+        networks[0][1],
+        adapter.steps_for(adapter.stage, options.steps if first else 1, options.timestep if first else 0),
+        f"stage {'one' if first else 'two'}",
+        prompt or "",
+        tuple(networks) if len(networks) > 1 or networks[0][0] != 1 else (),
+        _predictor(backbone, adapter) if adapter.predictor else None,
+    )
 
 
-def _adapted_stage(backbone: Backbone, path: Path, number: int, timestep: int) -> Stage:
-    adapter = read_adapter(path)
-    if adapter.stage not in (None, number):
-        raise CheckpointError(
-            f"{path} is a stage-{adapter.stage} adapter and was given as stage {number}; swap the two"
-        )
-    step = adapter.step or from_noise_level(timestep)
-    return Stage(LocalNetworks(backbone, adapter), step, f"stage {'one' if number == 1 else 'two'}")
+def _predictor(backbone: Backbone, adapter: Adapter) -> NoisePredictor:
+    # In float32 as published, where the other networks may be in half precision.
+    network = build_predictor(adapter.predictor, adapter.name).to(backbone.device, torch.float32)
+
+    def predict(pixels: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        mean, deviation = network(pixels, t)
+        return mean.cpu(), deviation.cpu()
+
+    return predict

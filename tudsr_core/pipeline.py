@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .color import ColorFix, match_color
@@ -27,6 +28,9 @@ Preview = Callable[[], Tensor]
 
 Tick = Callable[[int, int, "Preview | None"], None]
 """`tick(done, total, preview)`: called once per tile; may raise to cancel. `preview` costs only when called."""
+
+NoisePredictor = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""`predictor(pixels, t)`: mean and deviation `B C h w` of the start noise for `B 3 2h 2w` in 0..1 (InvSR)."""
 
 Predict = Callable[[Tensor, Sequence[Tile]], Tensor]
 """`predict(parts, tiles)`: eps for the latents of `tiles`, stacked along the batch, same shape."""
@@ -64,12 +68,24 @@ class Networks(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a model: its networks, its one-step formula and the text it was trained with."""
+    """One stage of a model: its networks, its steps and the text it was trained with.
+
+    `networks` encode and decode. eps = sum of w_j B_j over `branches` (PiSA-SR's dials); without
+    any, `networks` alone predict it. `predictor` gives the noise of methods whose first step mixes
+    some in.
+    """
 
     networks: Networks
-    step: OneStep
+    steps: tuple[OneStep, ...]
     name: str = "stage"
     prompt: str = ""
+    branches: tuple[tuple[float, Networks], ...] = ()
+    predictor: NoisePredictor | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per tile."""
+        return len(self.steps) * max(1, len(self.branches)) + bool(self.predictor)
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ def plan_for(model: Model, source: tuple[int, int], target: Target, options: Ups
         tile_px=options.tile_px,
         overlap_px=options.overlap_px,
         tile_batch=options.tile_batch,
+        evaluations=tuple(stage.evaluations for stage in (model.first, model.second or model.first)),
     )
     model.stages(len(plan.stages))
     return plan
@@ -121,7 +138,7 @@ def plan_for(model: Model, source: tuple[int, int], target: Target, options: Ups
 def count_ticks(model: Model, plan: UpscalePlan, batch: int = 1) -> int:
     """Return how many ticks `upscale` will give for `batch` pictures of this plan."""
     stages = zip(model.stages(len(plan.stages)), plan.stages, strict=True)
-    return sum(batch * (stage.networks.vae_calls(part.padded) + len(part.tiles)) for stage, part in stages)
+    return sum(batch * (stage.networks.vae_calls(part.padded) + part.calls) for stage, part in stages)
 
 
 @torch.inference_mode()
@@ -187,14 +204,15 @@ def _run_stage(
     for number, picture in enumerate(pictures):
         enlarged = resize(picture, part.size).clamp(0, 1)
         padded, padding = pad_to_multiple(enlarged, stage.networks.facts.multiple)
-        seed = options.seed + number if options.sample_posterior else None
-        z = stage.networks.encode(padded, seed, progress.advance)
+        seed = options.seed + number
+        z = stage.networks.encode(padded, seed if options.sample_posterior else None, progress.advance)
+        start = Start(z, _noise_source(picture, part) if stage.predictor else None, seed)
         tiles, mark = part.tiles, progress.done
-        while (restored := _restore_or_none(z, stage, tiles, options, progress)) is None:
+        while (restored := _restore_or_none(start, stage, tiles, options, progress)) is None:
             before = len(tiles)
             options, tiles = _smaller_tiles(options, tiles, stage.networks.facts)
-            progress.redo(mark, len(tiles) - before)
-        del enlarged, padded, z  # the decoder's picture is as large again
+            progress.redo(mark, (len(tiles) - before) * stage.evaluations)
+        del enlarged, padded, z, start  # the decoder's picture is as large again
         decoded = stage.networks.decode(restored, progress.advance).float()
         if not torch.isfinite(decoded).all():
             raise ValueError(
@@ -205,13 +223,31 @@ def _run_stage(
     return options, results
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a stage's steps begin: the encoded latent, and for methods with predicted noise its source and seed."""
+
+    z: Tensor
+    pixels: Tensor | None = None
+    seed: int = 0
+
+
+def _noise_source(picture: Tensor, part: StagePlan) -> Tensor:
+    """Return the small picture at two pixels per latent, which is the input itself at x4 (InvSR sec. 3.2)."""
+    wanted = 2 * part.tiles.height, 2 * part.tiles.width
+    unit = part.padded[0] / wanted[0]
+    small = resize(picture, tuple(max(1, round(side / unit)) for side in part.size)).clamp(0, 1)
+    missing = [(0, want - have) for want, have in zip(wanted, small.shape[-2:], strict=True)]
+    return F.pad(small, (*missing[1], *missing[0]), mode="replicate")
+
+
 def _restore_or_none(
-    z: Tensor, stage: Stage, tiles: TilePlan, options: UpscaleOptions, progress: Progress
+    start: Start, stage: Stage, tiles: TilePlan, options: UpscaleOptions, progress: Progress
 ) -> Tensor | None:
     # None means out of memory. The except block must end before anything is tried again: the
     # traceback keeps the tensors of the failed call alive.
     try:
-        return restore_latent(z, stage, tiles, options, progress.advance)
+        return restore_latent(start, stage, tiles, options, progress.advance)
     except RuntimeError as error:
         if not stage.networks.is_out_of_memory(error):
             raise
@@ -219,27 +255,57 @@ def _restore_or_none(
 
 
 def restore_latent(
-    z: Tensor, stage: Stage, tiles: TilePlan, options: UpscaleOptions, on_tile: Callable[[Preview], None]
+    start: Start, stage: Stage, tiles: TilePlan, options: UpscaleOptions, on_tile: Callable[[Preview], None]
 ) -> Tensor:
-    """One denoising step on a whole latent: predict eps tile by tile, blend, then z_H = p z + q eps.
+    """Take a stage's steps on a whole latent: predict eps tile by tile, blend, then z_H = p z + q eps.
 
     Blending eps equals blending z_H, because the step is linear (MultiDiffusion eq. 5; OMGSR).
     """
-    networks, step = stage.networks, stage.step
-    z_in = step.start(z)
+    noise = _predict_noise(start, stage, tiles, options, on_tile) if stage.predictor else None
+    z = stage.steps[0].start(start.z, noise)
+    for step in stage.steps:
+        total = None
+        for weight, networks in stage.branches or ((1.0, stage.networks),):
+            eps = _predict_eps(z, step, networks, stage.prompt, tiles, options, on_tile)
+            total = eps * weight if total is None else total + eps * weight
+        z = step.finish(z, total)
+    return z
 
+
+def _predict_eps(
+    z: Tensor,
+    step: OneStep,
+    networks: Networks,
+    prompt: str,
+    tiles: TilePlan,
+    options: UpscaleOptions,
+    on_tile: Callable[[Preview], None],
+) -> Tensor:
     def blend(predict: Predict) -> Tensor:
         canvas = Canvas(tiles, options.window)
         for batch in tiles.batches(options.tile_batch):
-            eps = predict(torch.cat([tile.cut(z_in) for tile in batch]), batch)
+            eps = predict(torch.cat([tile.cut(z) for tile in batch]), batch)
             for tile, value in zip(batch, eps.split(len(z)), strict=True):
                 canvas.add(tile, value)
-                on_tile(lambda: step.finish(z_in, canvas.result()))
+                on_tile(lambda: step.finish(z, canvas.result()))
         return canvas.result()
 
     part = (len(z) * min(options.tile_batch, len(tiles)), z.shape[1], tiles.tile_height, tiles.tile_width)
-    condition = networks.condition(stage.prompt)
-    return step.finish(z_in, networks.denoise(z_in, step.t, condition, part, blend))
+    return networks.denoise(z, step.t, networks.condition(prompt), part, blend)
+
+
+def _predict_noise(
+    start: Start, stage: Stage, tiles: TilePlan, options: UpscaleOptions, on_tile: Callable[[Preview], None]
+) -> Tensor:
+    """Return mean + deviation * n, both blended over the tiles, n drawn once for the whole latent."""
+    canvas = Canvas(tiles, options.window)
+    for tile in tiles:
+        top, left = 2 * tile.top, 2 * tile.left
+        pixels = start.pixels[..., top : top + 2 * tile.height, left : left + 2 * tile.width]
+        canvas.add(tile, torch.cat(stage.predictor(pixels, stage.steps[0].t), 1))
+        on_tile(lambda: start.z)
+    mean, deviation = canvas.result().chunk(2, 1)
+    return mean + deviation * torch.randn(mean.shape, generator=torch.Generator().manual_seed(start.seed))
 
 
 def _smaller_tiles(options: UpscaleOptions, tiles: TilePlan, facts: NetworkFacts) -> tuple[UpscaleOptions, TilePlan]:

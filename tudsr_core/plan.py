@@ -6,7 +6,7 @@ Pure arithmetic on sizes; no tensor and no network is touched.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .tiles import TilePlan, plan_tiles
 
@@ -117,20 +117,30 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: the factor, the size it makes, the padded size it computes on, and its tiles."""
+    """One stage: the factor, the size it makes, the padded size it computes on, and its tiles.
+
+    `evaluations` is how often a network sees each tile.
+    """
 
     number: int
     factor: float
     size: Size
     padded: Size
     tiles: TilePlan
+    evaluations: int = 1
+
+    @property
+    def calls(self) -> int:
+        """Network evaluations of this stage."""
+        return len(self.tiles) * self.evaluations
 
     def describe(self) -> str:
         """Return one line such as `stage 2: x2 to 1024 x 768, 12 tiles of 512 x 512`."""
         scale = self.padded[0] // self.tiles.height
         tile = f"{self.tiles.tile_width * scale} x {self.tiles.tile_height * scale}"
         tiles = f"{len(self.tiles)} tiles of {tile}" if len(self.tiles) > 1 else "one tile"
-        return f"stage {self.number}: x{self.factor:g} to {self.size[1]} x {self.size[0]}, {tiles}"
+        times = f", {self.evaluations} evaluations each" if self.evaluations > 1 else ""
+        return f"stage {self.number}: x{self.factor:g} to {self.size[1]} x {self.size[0]}, {tiles}{times}"
 
 
 @dataclass(frozen=True)
@@ -145,8 +155,8 @@ class UpscalePlan:
 
     @property
     def calls(self) -> int:
-        """Number of UNet evaluations (tiles over all stages)."""
-        return sum(len(stage.tiles) for stage in self.stages)
+        """Number of network evaluations over all stages."""
+        return sum(stage.calls for stage in self.stages)
 
     def describe(self) -> list[str]:
         """Return the plan as lines of plain text."""
@@ -169,11 +179,13 @@ def plan_upscale(
     tile_px: int = 512,
     overlap_px: int = 128,
     tile_batch: int = 1,
+    evaluations: tuple[int, int] = (1, 1),
 ) -> UpscalePlan:
     """Plan the enlargement of one picture of `source = (height, width)`.
 
     `tile_px` and `overlap_px` are in pixels of the stage's output and are rounded to the model's
-    multiple. Raises ValueError as `Target.size_for` and `plan_tiles` do.
+    multiple. `evaluations` are per tile, in stage one and in the later ones. Raises ValueError as
+    `Target.size_for` and `plan_tiles` do.
     """
     if min(source) < 1:
         raise ValueError(f"picture is {source[1]} x {source[0]}; both sides must be at least 1")
@@ -186,7 +198,8 @@ def plan_upscale(
         done *= stage_factor
         last = number == len(factors)
         made = size if last else tuple(max(1, round(side * done)) for side in source)
-        stages.append(_plan_stage(number, stage_factor, made, facts, tile_px, overlap_px))
+        stage = _plan_stage(number, stage_factor, made, facts, tile_px, overlap_px)
+        stages.append(replace(stage, evaluations=evaluations[number > 1]))
     tile = max(s.tiles.tile_height * s.tiles.tile_width for s in stages) * facts.latent_scale**2
     pixels = max(stage.padded[0] * stage.padded[1] for stage in stages)
     activations = max(tile * tile_batch * facts.tile_bytes_per_pixel, pixels * facts.picture_bytes_per_pixel)

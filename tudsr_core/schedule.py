@@ -6,8 +6,10 @@ sampling is not here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,8 +53,8 @@ class OneStep:
         eps  = UNet(z_in, t)
         z_H  = p z_in + q eps
 
-    One table of these covers TUDSR, OMGSR, OSEDiff (`from_noise_level`), PiSA-SR (`residual`) and
-    InvSR (`from_noise_level(noisy=True)`).
+    Tuples of these cover TUDSR, OMGSR, OSEDiff (`from_noise_level`), PiSA-SR (`residual`) and InvSR
+    (`euler`); `methods.py` has the table.
     """
 
     t: int
@@ -74,16 +76,33 @@ class OneStep:
         return self.p * z_in.float() + self.q * eps.float()
 
 
-def from_noise_level(t: int, *, noisy: bool = False, schedule: NoiseSchedule | None = None) -> OneStep:
+def from_noise_level(t: int, *, schedule: NoiseSchedule | None = None) -> OneStep:
     """Treat z_L as if it were z_t and solve for z_0 (TUDSR sec. 3.2, OMGSR eq. 6, OSEDiff eq. 5).
 
     z_H = (z_in - sqrt(1 - abar_t) eps) / sqrt(abar_t), i.e. p = 1/sqrt(abar_t), q = -sigma_t.
-    With `noisy`, z_in = sqrt(abar_t) z_L + sqrt(1 - abar_t) n is really diffused first (InvSR).
     """
     schedule = schedule or scaled_linear()
-    abar = schedule.abar_at(t)
-    a, b = (abar**0.5, (1 - abar) ** 0.5) if noisy else (1.0, 0.0)
-    return OneStep(t=t, p=abar**-0.5, q=-schedule.sigma_at(t), a=a, b=b)
+    return OneStep(t=t, p=schedule.abar_at(t) ** -0.5, q=-schedule.sigma_at(t))
+
+
+def euler(timesteps: Sequence[int], *, schedule: NoiseSchedule | None = None) -> tuple[OneStep, ...]:
+    """Return Euler steps from a diffused latent through falling `timesteps` to zero (InvSR sec. 3.2).
+
+    The first step starts at z_in = sqrt(abar_t) z_L + sqrt(1 - abar_t) n. A step from sigma to
+    sigma' is x' = x + (sigma' - sigma) eps for x = z sqrt(1 + sigma^2), which in z is p z + q eps
+    with p = sqrt((1 + sigma^2) / (1 + sigma'^2)) and q = (sigma' - sigma) / sqrt(1 + sigma'^2).
+    Raises ValueError unless the timesteps fall.
+    """
+    schedule = schedule or scaled_linear()
+    if not timesteps or any(later >= earlier for earlier, later in pairwise(timesteps)):
+        raise ValueError(f"timesteps {list(timesteps)} must fall, for example 199, 99, 49")
+    abar = schedule.abar_at(timesteps[0])
+    sigmas = [schedule.sigma_at(t) for t in timesteps] + [0.0]
+    steps = []
+    for t, (sigma, after) in zip(timesteps, pairwise(sigmas), strict=True):
+        norm = (1 + after**2) ** 0.5
+        steps.append(OneStep(t, p=(1 + sigma**2) ** 0.5 / norm, q=(after - sigma) / norm))
+    return (replace(steps[0], a=abar**0.5, b=(1 - abar) ** 0.5), *steps[1:])
 
 
 def residual(t: int = 1) -> OneStep:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.1-base as diffusers networks, from a folder or one checkpoint file, offline.
+"""Stable Diffusion 2.1-base and SD-Turbo as diffusers networks, from a folder or one file, offline.
 
 Holds the published architecture as data, because single files carry no configuration and a hub
 look-up is not an option. Adapters and stages are not here.
@@ -7,20 +7,21 @@ look-up is not an option. Adapters and stages are not here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import CheckpointError, read_tensors
+from .tensor_files import CheckpointError, some, stream
 
-PREDICTIONS = ("epsilon", "v_prediction")
 TOKENS, START, END, PAD = 77, 49406, 49407, 0
 
 UNET_CONFIG = {
     "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
     "attention_head_dim": [5, 10, 20, 20],
     "cross_attention_dim": 1024,
     "use_linear_projection": True,
@@ -42,6 +43,17 @@ TEXT_CONFIG = {
     "hidden_act": "gelu",
     "projection_dim": 512,
 }
+# The text tower's prefix in single files: of the original code, and of SD-Turbo's.
+TEXT_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+# SD2.1 (768) predicts v and has the same keys as SD2.1-base; its last attention block tells them
+# apart: the spread of this bias is 0.1 there and 0.04 here (the test ComfyUI and others use).
+TELLTALE = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V_SPREAD = 0.09
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+Embed = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,13 +66,18 @@ class Architecture:
 
 
 def read_base(
-    path: Path, architecture: Architecture | None = None, predictions: tuple[str, ...] = ("epsilon",)
-) -> tuple[nn.Module, nn.Module, Callable[..., Tensor]]:
-    """Return `(vae, unet, embed)` of an SD2.1-base folder or `.safetensors` / `.ckpt` file.
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    architecture: Architecture | None = None,
+    tokenizer: Path | None = None,
+    predictions: tuple[str, ...] = ("epsilon",),
+) -> tuple[nn.Module, nn.Module, Embed]:
+    """Return `(vae, unet, embed)` of a diffusers folder or a `.safetensors` / `.ckpt` file, in `dtype`.
 
-    `embed(*texts)` gives `texts 77 width`, the text tower's last hidden state after its final
-    LayerNorm, and needs `transformers`. Raises CheckpointError, also when the folder's UNet
-    predicts something else than `predictions`.
+    `embed(*texts)` gives `texts 77 width`, the text tower's last hidden state after its final LayerNorm,
+    and needs `transformers`; for a single file, texts other than "" need `tokenizer`, a folder with
+    CLIP's vocab.json and merges.txt. Raises CheckpointError, also for a folder whose UNet predicts
+    something else than `predictions`.
     """
     path = Path(path)
     if path.is_dir():
@@ -70,89 +87,158 @@ def read_base(
                 f"{path} predicts {kind}, but one-step adapters need an epsilon model; "
                 "use SD2.1-base (512), not SD2.1 (768)"
             )
-        return _read_folder(path)
+        return _read_folder(path, dtype)
     if not path.is_file():
         raise CheckpointError(
-            f"base model {path} does not exist; give a diffusers folder or a checkpoint file of SD2.1-base "
+            f"base model {path} does not exist; give a diffusers folder or a checkpoint file of SD2.1-base or SD-Turbo "
             "(for example v2-1_512-ema-pruned.safetensors)"
         )
-    return _read_single_file(path, architecture or Architecture())
+    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
 
 
-def _read_folder(path: Path) -> tuple[nn.Module, nn.Module, Callable[..., Tensor]]:
+def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Embed]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     for part in ("vae", "unet", "text_encoder", "tokenizer"):
         if not (path / part).is_dir():
             raise CheckpointError(f"{path} is not a diffusers folder of Stable Diffusion: {part}/ is missing")
-    try:
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", local_files_only=True)
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be loaded as Stable Diffusion: {error}") from error
+    networks = []
+    for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
+        weights = _copied(_folder_weights(path / part), dtype)
+        networks.append(_fill(path, part, kind, _read_json(path / part / "config.json"), weights))
 
     def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
         transformers = _transformers()
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", local_files_only=True)
-        text = transformers.CLIPTextModel.from_pretrained(path, subfolder="text_encoder", local_files_only=True)
+        text = transformers.CLIPTextModel.from_pretrained(path / "text_encoder", local_files_only=True, dtype=dtype)
+        return text, _tokens_of(path / "tokenizer")
 
-        def tokens(words: str) -> Tensor:
-            batch = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt")
-            return batch.input_ids
+    return *networks, _embedder(load_text)
 
-        return text, tokens
 
-    return vae, unet, _embedder(load_text)
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _folder_weights(folder: Path) -> Iterable[tuple[str, Tensor]]:
+    """Stream the weights of one network of a diffusers folder, in whichever of its usual files they are."""
+    stem = "diffusion_pytorch_model"
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin", f"{stem}.fp16.bin"):
+        if (folder / name).is_file():
+            return stream(folder / name)
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has no {stem}.safetensors; download the whole folder again")
+    shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    return (item for shard in shards for item in stream(folder / Path(shard).name))
+
+
+# Attention layers of VAEs saved by diffusers before 0.18.
+_RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def _copied(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the streamed weights in `dtype`, so that the file's mapping can be let go."""
+    return {key: value.to(dtype, copy=True) for key, value in weights}
+
+
+def _fill(path: Path, name: str, kind: type, config: dict, weights: dict[str, Tensor]) -> nn.Module:
+    """Build a network that takes `weights` as they are, without memory of its own."""
+    for old, new in _RENAMED.items():
+        weights = {key.replace(old, new): value for key, value in weights.items()}
+    try:
+        with torch.device("meta"):
+            network = kind.from_config(config)
+        network.load_state_dict(weights, assign=True)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path} cannot be loaded as Stable Diffusion: its {name} does not fit ({reason})"
+        ) from error
+    return network
 
 
 def read_prediction(path: Path) -> str:
     """Return what the UNet of a base model predicts, "epsilon" unless its folder says otherwise."""
     file = path / "scheduler" / "scheduler_config.json"
-    try:
-        return json.loads(file.read_text()).get("prediction_type", "epsilon") if file.is_file() else "epsilon"
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return _read_json(file).get("prediction_type", "epsilon") if file.is_file() else "epsilon"
 
 
-def _read_single_file(path: Path, architecture: Architecture) -> tuple[nn.Module, nn.Module, Callable[..., Tensor]]:
+def _read_single_file(
+    path: Path, dtype: torch.dtype, architecture: Architecture, tokenizer: Path | None
+) -> tuple[nn.Module, nn.Module, Embed]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as convert
 
-    tensors = read_tensors(path)
-    unet = UNet2DConditionModel.from_config({**architecture.unet, "in_channels": 4, "out_channels": 4})
-    vae = AutoencoderKL.from_config(architecture.vae)
-    _fill(path, "UNet", unet, convert.convert_ldm_unet_checkpoint, tensors, dict(unet.config))
-    _fill(path, "VAE", vae, convert.convert_ldm_vae_checkpoint, tensors, dict(vae.config))
-    prefix = "cond_stage_model.model."
-    own = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+    networks = []
+    for name, kind, config, prefix, rename in (
+        ("VAE", AutoencoderKL, architecture.vae, VAE_PREFIX, convert.convert_ldm_vae_checkpoint),
+        ("UNet", UNet2DConditionModel, architecture.unet, UNET_PREFIX, convert.convert_ldm_unet_checkpoint),
+    ):
+        own = _copied(stream(path, (prefix,)), dtype)
+        if not own:
+            raise CheckpointError(f"{path} is no checkpoint of Stable Diffusion: it has no {prefix}* tensors")
+        if TELLTALE in own and own[TELLTALE].float().std() > V_SPREAD:
+            raise CheckpointError(f"{path} is SD2.1 (768), which predicts v; use SD2.1-base (512) or SD-Turbo")
+        with torch.device("meta"):
+            full = dict(kind.from_config(config).config)
+        try:
+            weights = rename(own, config=full)
+        except (KeyError, IndexError) as error:
+            raise CheckpointError(f"{path} is not an SD2.1-base checkpoint: {error} is missing") from error
+        networks.append(_fill(path, name, kind, config, weights))
 
     def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
-        transformers = _transformers()
-        if not own:
-            raise CheckpointError(f"{path} has no text encoder; use a full checkpoint or a diffusers folder")
-        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**architecture.text))
-        weights = convert.convert_open_clip_checkpoint(text, dict(own), prefix=prefix)
-        missing, _ = text.load_state_dict(weights, strict=False)
-        if [key for key in missing if "position_ids" not in key]:
-            raise CheckpointError(f"{path}: its text encoder is not SD2.1's ({len(missing)} tensors missing)")
-        return text, _empty_prompt_tokens
+        return _single_file_text(path, dtype, architecture.text), _tokens_of(tokenizer)
 
-    return vae, unet, _embedder(load_text)
+    return *networks, _embedder(load_text)
+
+
+def _single_file_text(path: Path, dtype: torch.dtype, config: dict) -> nn.Module:
+    from diffusers.loaders import single_file_utils as convert
+
+    transformers = _transformers()
+    own = _copied(stream(path, TEXT_PREFIXES), dtype)
+    if not own:
+        raise CheckpointError(f"{path} has no text encoder; use a full checkpoint or a diffusers folder")
+    prefix = next(prefix for prefix in TEXT_PREFIXES if next(iter(own)).startswith(prefix))
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)).to(dtype)
+    weights = convert.convert_open_clip_checkpoint(text, own, prefix=prefix)
+    # Newer transformers leave out the level `text_model`, which diffusers' converter writes.
+    flat = "text_model.final_layer_norm.weight" not in text.state_dict()
+    weights = {key.removeprefix("text_model.") if flat else key: value for key, value in weights.items()}
+    missing = [key for key in text.load_state_dict(weights, strict=False).missing_keys if "position_ids" not in key]
+    if missing:
+        raise CheckpointError(f"{path}: its text encoder is not SD2.1's (missing: {some(missing)})")
+    return text
+
+
+def _tokens_of(folder: Path | None) -> Callable[[str], Tensor]:
+    """Return `tokens(text)`, `1 77`; without a tokenizer's folder, only the empty text is known."""
+    if folder is None:
+        return _empty_prompt_tokens
+    transformers = _transformers()
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a CLIP tokenizer (vocab.json and merges.txt): {error}") from error
+
+    def tokens(words: str) -> Tensor:
+        ids = tokenizer(words, truncation=True, max_length=TOKENS).input_ids
+        return torch.tensor([ids + [PAD] * (TOKENS - len(ids))])
+
+    return tokens
 
 
 def _empty_prompt_tokens(words: str) -> Tensor:
     if words:
-        raise CheckpointError("a single checkpoint file has no tokenizer; for prompts use a diffusers folder")
+        raise CheckpointError(
+            "a single checkpoint file has no tokenizer, and this method or you give a prompt; add --tokenizer with "
+            "CLIP's vocab.json and merges.txt (a diffusers folder's tokenizer/), or use a diffusers folder"
+        )
     return torch.tensor([[START, END] + [PAD] * (TOKENS - 2)])
-
-
-def _fill(path: Path, name: str, network: nn.Module, convert: Callable, tensors: dict, config: dict) -> None:
-    try:
-        weights = convert(dict(tensors), config=config)
-        network.load_state_dict(weights)
-    except (KeyError, RuntimeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is not an SD2.1-base checkpoint: its {name} does not fit ({reason})") from error
 
 
 def _transformers():
@@ -166,7 +252,7 @@ def _transformers():
     return transformers
 
 
-def _embedder(load_text: Callable[[], tuple[nn.Module, Callable[[str], Tensor]]]) -> Callable[..., Tensor]:
+def _embedder(load_text: Callable[[], tuple[nn.Module, Callable[[str], Tensor]]]) -> Embed:
     """Return `embed(*texts)` that remembers results, and holds the text tower only while it computes new ones."""
     known: dict[str, Tensor] = {}
 

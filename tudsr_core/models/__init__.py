@@ -1,1 +1,1 @@
-"""Networks that no installed library has."""
+"""Networks that no library has."""

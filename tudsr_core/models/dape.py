@@ -17,12 +17,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints import CheckpointError, Low, read_tensors
-from ..files import temporary_beside
+from ..adapters import Low
+from ..known_files import where_to_get
+from ..tensor_files import CheckpointError, TensorFile, check_finite, read_file, some, write_file
 from .ram import RamConfig, RamTagger, prepare
 from .swin import SwinConfig
 
@@ -118,13 +117,13 @@ def load_tagger(path: Path) -> DapeTagger:
             f"{path} is not a converted tagger (.safetensors); give the folder that holds {RAM_FILE}, {DAPE_FILE}, "
             f"{LIST_FILE} and {THRESHOLD_FILE}"
         )
-    tensors = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") != TAGGER_FORMAT:
-        raise CheckpointError(f"{path} is not a tagger of this pack (its metadata says {metadata.get('format')!r})")
+    file = read_file(path)
+    if file.metadata.get("format") != TAGGER_FORMAT:
+        raise CheckpointError(
+            f"{path} is not a tagger of this pack (its metadata says {file.metadata.get('format')!r})"
+        )
     try:
-        facts = json.loads(metadata["tagger"])
+        facts = json.loads(file.metadata["tagger"])
         sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in facts["swin"].items()}
         config = RamConfig(SwinConfig(**sizes), **facts["head"])
         labels, thresholds = tuple(facts["tags"]), tuple(map(float, facts["thresholds"]))
@@ -132,7 +131,7 @@ def load_tagger(path: Path) -> DapeTagger:
         raise CheckpointError(f"{path} has damaged metadata ({error!r}); convert the weights again") from error
     if not len(labels) == len(thresholds) == config.labels:
         raise CheckpointError(f"{path} has {len(labels)} tags and {len(thresholds)} thresholds for {config.labels}")
-    return DapeTagger(_filled(path, config, tensors), labels, thresholds, path.stem)
+    return DapeTagger(_filled(path, config, file.tensors), labels, thresholds, path.stem)
 
 
 def write_tagger(path: Path, tagger: DapeTagger) -> None:
@@ -140,9 +139,7 @@ def write_tagger(path: Path, tagger: DapeTagger) -> None:
     sizes = asdict(tagger.network.config)
     facts = {"swin": sizes.pop("swin"), "head": sizes, "tags": tagger.labels, "thresholds": tagger.thresholds}
     metadata = {"format": TAGGER_FORMAT, "tagger": json.dumps(facts)}
-    tensors = {key: value.half().contiguous() for key, value in tagger.network.state_dict().items()}
-    with temporary_beside(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    write_file(path, {key: value.half() for key, value in tagger.network.state_dict().items()}, metadata)
 
 
 def read_published(ram: Path, dape: Path | None, lists: Path, config: RamConfig | None = None) -> DapeTagger:
@@ -152,10 +149,9 @@ def read_published(ram: Path, dape: Path | None, lists: Path, config: RamConfig 
     """
     config = config or RamConfig()
     labels, thresholds = read_lists(lists, config.labels)
-    tensors = _own_names(ram, read_tensors(ram), config.layers)
-    network = _filled(ram, config, tensors)
+    network = _filled(ram, config, _own_names(read_file(ram), config.layers))
     if dape:
-        merge_updates(dape, network, read_tensors(dape))
+        merge_updates(network, read_file(dape))
     return DapeTagger(network, labels, thresholds, dape.stem if dape else ram.stem)
 
 
@@ -169,8 +165,7 @@ def read_lists(folder: Path, count: int) -> tuple[tuple[str, ...], tuple[float, 
             lines[name] = content.decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error}); it is the file ram/data/{name} of recognize-anything or SeeSR, "
-                "and belongs beside the weights"
+                f"{path} cannot be read ({error}); {where_to_get(name)}and put it beside the weights"
             ) from error
         if len(lines[name]) != count:
             raise CheckpointError(f"{path} has {len(lines[name])} lines, but the weights know {count} tags")
@@ -185,14 +180,13 @@ def read_lists(folder: Path, count: int) -> tuple[tuple[str, ...], tuple[float, 
     return tuple(lines[LIST_FILE]), thresholds
 
 
-def _own_names(path: Path, loaded: Mapping, layers: int) -> dict[str, Tensor]:
+def _own_names(file: TensorFile, layers: int) -> dict[str, Tensor]:
     """Return what of RAM's checkpoint belongs to the tagger, under our names."""
-    published = loaded.get("model", loaded)
-    if not isinstance(published, Mapping) or not all(isinstance(key, str) for key in published):
-        raise CheckpointError(f"{path} is not a RAM checkpoint: its 'model' is no table of tensors")
+    if "model" in file.values:
+        raise CheckpointError(f"{file.path} is not a RAM checkpoint: its 'model' is no table of tensors")
     tensors, shared, ignored = {}, {}, []
-    for key, value in published.items():
-        key = key.replace("vision_multi.", "tagging_head.")
+    for key, value in file.tensors.items():
+        key = key.removeprefix("model.").replace("vision_multi.", "tagging_head.")
         if key.startswith("tag_encoder."):
             shared[_own_name(key.replace("tag_encoder.", "tagging_head."), layers)] = value
         elif key.startswith(OWN_PARTS):
@@ -201,7 +195,7 @@ def _own_names(path: Path, loaded: Mapping, layers: int) -> dict[str, Tensor]:
         elif not key.startswith("text_decoder."):
             ignored.append(key)
     if ignored:
-        log.info("%s: %d tensors that are not the tagger's were left out (%s)", path, len(ignored), _some(ignored))
+        log.info("%s: %d tensors are not the tagger's: %s", file.path, len(ignored), some(ignored))
     # The decoder shares its weights with tag_encoder's lowest layers, and may be stored there alone.
     return {key: value for key, value in shared.items() if key.startswith("head.")} | tensors
 
@@ -223,9 +217,7 @@ def _filled(path: Path, config: RamConfig, tensors: Mapping[str, Tensor]) -> Ram
     if problems:
         raise CheckpointError(f"{path} does not fit the tagger: {problems}; use {RAM_FILE} or a converted file")
     weights = {key: tensors[key].to(torch.float32, copy=True) for key in wanted}
-    broken = [key for key, value in weights.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise CheckpointError(f"{path} contains NaN or infinite weights in {_some(broken)}; download it again")
+    check_finite(path, weights.items())
     network.load_state_dict(weights, assign=True)
     return network
 
@@ -235,23 +227,23 @@ def _mismatches(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Ten
     missing = [key for key in wanted if key not in tensors]
     unknown = [key for key in tensors if key not in wanted]
     wrong = [
-        f"{key} ({tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}, not {wanted[key]})"
+        f"{key} ({tuple(value.shape)}, not {wanted[key]})"
         for key, value in tensors.items()
-        if key in wanted and not (isinstance(value, Tensor) and tuple(value.shape) == wanted[key])
+        if key in wanted and tuple(value.shape) != wanted[key]
     ]
     parts = (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
-    return "; ".join(f"{what} {_some(names)}" for what, names in parts if names)
+    return "; ".join(f"{what} {some(names)}" for what, names in parts if names)
 
 
 @torch.no_grad()
-def merge_updates(path: Path, network: RamTagger, updates: Mapping[str, Tensor]) -> None:
+def merge_updates(network: RamTagger, updates: TensorFile) -> None:
     """Add DAPE's low-rank updates (loralib, alpha 1) to `network`'s weights, in place.
 
     Every Swin `qkv` has one for q and one for v, stacked; k is not updated. In the decoder, `query`
-    and `key` have one each. Raises CheckpointError naming `path`.
+    and `key` have one each. Raises CheckpointError.
     """
     weights, layers = network.state_dict(), len(network.head)
-    own = {_own_name(str(key), layers): low for key, low in updates.items() if not str(key).startswith(CAPTIONING)}
+    own = {_own_name(key, layers): low for key, low in updates.tensors.items() if not key.startswith(CAPTIONING)}
     stacked = [key.removesuffix(".weight") for key in weights if key.endswith("attn.qkv.weight")]
     single = [f"head.{layer}.{part}" for layer in range(layers) for part in ("query", "key")]
     wanted = {}
@@ -261,9 +253,8 @@ def merge_updates(path: Path, network: RamTagger, updates: Mapping[str, Tensor])
         wanted[f"{name}.lora_B"] = (2 * columns if name in stacked else rows, RANK)
     problems = _mismatches(wanted, own)
     if problems:
-        raise CheckpointError(f"{path} does not fit RAM: {problems}; use {DAPE_FILE} of SeeSR or OSEDiff")
-    if not all(torch.isfinite(value).all() for value in own.values()):
-        raise CheckpointError(f"{path} contains NaN or infinite weights; download it again")
+        raise CheckpointError(f"{updates.path} does not fit RAM: {problems}; use {DAPE_FILE} of SeeSR or OSEDiff")
+    check_finite(updates.path, own.items())
     for name in stacked:
         down, up = own[f"{name}.lora_A"], own[f"{name}.lora_B"]
         q, _, v = weights[f"{name}.weight"].chunk(3)
@@ -272,8 +263,3 @@ def merge_updates(path: Path, network: RamTagger, updates: Mapping[str, Tensor])
     for name in single:
         weight = weights[f"{name}.weight"]
         weight.add_(Low(own[f"{name}.lora_A"], own[f"{name}.lora_B"], alpha=1.0).delta(weight))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

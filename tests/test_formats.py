@@ -1,0 +1,284 @@
+"""Every published adapter format, written as its authors write it, read back and compared with peft's own output."""
+
+from dataclasses import replace
+
+import published
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tudsr_core.adapters import Low, Patch
+from tudsr_core.checkpoints import identify, read_adapter, write_adapter
+from tudsr_core.local import PatchSlot
+from tudsr_core.models.invsr import build_predictor
+from tudsr_core.tensor_files import CheckpointError
+
+TIMESTEP = {"omgsr": 273, "osediff": 999, "pisa": 1, "peft file": 273}
+LORA = ("omgsr", "osediff", "pisa", "diffusers", "old diffusers", "kohya", "peft file")
+TITLES = {
+    "omgsr": "peft folder",
+    "osediff": "OSEDiff .pkl",
+    "pisa": "PiSA-SR .pkl",
+    "diffusers": "diffusers or kohya LoRA",
+    "old diffusers": "diffusers or kohya LoRA",
+    "kohya": "diffusers or kohya LoRA",
+    "peft file": "peft LoRA file",
+    "invsr": "InvSR noise predictor",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return published.write_all(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def nets():
+    return published.networks()
+
+
+def eps_with(unet, patch, t):
+    slot = PatchSlot(unet, "UNet")
+    slot.check(patch, "test")
+    slot.use(patch)
+    return published.eps_of(unet, t)
+
+
+def latent_with(vae, patch):
+    slot = PatchSlot(vae, "VAE")
+    slot.check(patch, "test")
+    slot.use(patch)
+    return published.latent_of(vae)
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_each_format_is_told_by_its_content(files, name):
+    title, adapter = identify(files[name].path)
+    assert title == TITLES[name]
+    wanted = {"osediff": "osediff", "pisa": "pisa-sr", "invsr": "invsr"}.get(name, "tudsr")
+    assert adapter.method == wanted
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_the_unet_equals_pefts_own_forward(files, nets, name):
+    adapter = read_adapter(files[name].path)
+    t = TIMESTEP.get(name, 200)
+    plain = published.eps_of(nets[0], t)
+    ours = eps_with(nets[0], adapter.branches()[0][1], t)
+    assert (ours - files[name].eps["eps"]).abs().max() < 1e-5
+    assert (plain - files[name].eps["eps"]).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("name", ["omgsr", "osediff"])
+def test_the_encoder_equals_pefts_own_forward(files, nets, name):
+    ours = latent_with(nets[1], read_adapter(files[name].path).vae)
+    assert (ours - files[name].latent).abs().max() < 1e-5
+    assert (published.latent_of(published.networks()[1]) - files[name].latent).abs().max() > 0.02
+
+
+def test_osediff_covers_everything_its_authors_list(files):
+    adapter = read_adapter(files["osediff"].path)
+    assert {low.alpha / low.rank for low in adapter.unet.lows.values()} == {2.0}
+    assert "quant_conv" in adapter.vae.lows
+    assert set(adapter.unet.weights) == {"conv_in.weight", "conv_in.bias"}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda patch: replace(patch, lows={k: Low(v.down, v.up, v.rank) for k, v in patch.lows.items()}),
+        lambda patch: replace(patch, weights={}),
+        lambda patch: replace(
+            patch,
+            lows=patch.lows
+            | {
+                "mid_block.resnets.0.conv1": patch.lows["mid_block.resnets.0.conv2"],
+                "mid_block.resnets.0.conv2": patch.lows["mid_block.resnets.0.conv1"],
+            },
+        ),
+    ],
+    ids=["alpha dropped", "conv_in dropped", "two keys swapped"],
+)
+def test_the_comparison_notices_mistakes(files, nets, spoil):
+    adapter = read_adapter(files["osediff"].path)
+    ours = eps_with(nets[0], spoil(adapter.unet), 999)
+    assert (ours - files["osediff"].eps["eps"]).abs().max() > 1e-3
+
+
+def test_every_update_equals_pefts_delta_weight(tmp_path, nets):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(nets[0], LoraConfig(r=5, lora_alpha=7, target_modules=published.OMGSR_TARGETS))
+    published.randomise(adapted, 1)
+    adapted.save_pretrained(tmp_path)
+    lows = read_adapter(tmp_path).unet.lows
+    modules = dict(adapted.base_model.model.named_modules())
+    assert len(lows) == 32 * 4 + 22 * 2 + 14 + 6 + 2
+    for path, low in lows.items():
+        theirs = modules[path].get_delta_weight("default")
+        assert (low.delta(modules[path].base_layer.weight) - theirs).abs().max() < 1e-6, path
+
+
+def test_pisa_dials(files, nets):
+    """l_pix eps_pix + l_sem (eps_full - eps_pix), by two explicit passes of peft."""
+    made, adapter = files["pisa"], read_adapter(files["pisa"].path)
+    for l_pix, l_sem in ((1, 1), (0.6, 1.3), (1, 0), (0, 1)):
+        branches = adapter.branches(l_pix, l_sem)
+        assert len(branches) == (1 if l_pix == l_sem or l_sem == 0 else 2)
+        ours = sum(weight * eps_with(published.networks()[0], patch, 1) for weight, patch in branches)
+        wanted = l_pix * made.eps["pix"] + l_sem * (made.eps["eps"] - made.eps["pix"])
+        assert (ours - wanted).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="no dials"):
+        read_adapter(files["omgsr"].path).branches(0.5, 1)
+
+
+def test_pisa_merging_in_turn_equals_one_sum(files):
+    adapter = read_adapter(files["pisa"].path)
+    for path, low in adapter.unet.plus(adapter.detail).lows.items():
+        first, second = adapter.unet.lows[path], adapter.detail.lows[path]
+        weight = torch.zeros(low.up.shape[0], *low.down.shape[1:])
+        assert (low.delta(weight) - (first.delta(weight) + second.delta(weight))).abs().max() < 1e-6
+
+
+def test_the_noise_predictor_is_the_published_network(files):
+    tensors = torch.load(files["invsr"].path, weights_only=True)["state_dict"]
+    adapter = read_adapter(files["invsr"].path)
+    network = build_predictor(adapter.predictor, "test")
+    pixels = torch.rand(1, 3, 16, 24)
+    with torch.no_grad():
+        mean, deviation = network(pixels, 199)
+    assert mean.shape == deviation.shape == (1, 4, 8, 12) and (deviation > 0).all()
+    assert len(adapter.predictor) == len(tensors)
+    broken = dict(adapter.predictor)
+    broken.pop("encoder.mid_block.resnets.0.conv1.weight")
+    with pytest.raises(CheckpointError, match="mid_block.resnets.0.conv1.weight"):
+        build_predictor(broken, "broken.pth")
+    broken["encoder.mid_block.resnets.0.conv1.weight"] = torch.zeros(3, 3)
+    with pytest.raises(CheckpointError, match="does not fit InvSR's noise predictor"):
+        build_predictor(broken, "broken.pth")
+
+
+def test_counts_on_the_full_size_networks():
+    """The published numbers of modules and parameters, on shapes alone."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from peft import LoraConfig, get_peft_model
+
+    from tudsr_core.sd21 import UNET_CONFIG, VAE_CONFIG
+
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**UNET_CONFIG), AutoencoderKL.from_config(VAE_CONFIG)
+        listed = {name for modules in published.split_modules(unet).values() for name in modules}
+        listed_vae = set(published.vae_modules(vae))
+        found = {}
+        for name, net, rank in (("unet", unet, 32), ("encoder", vae.encoder, 16)):
+            adapted = get_peft_model(net, LoraConfig(r=rank, target_modules=published.OMGSR_TARGETS))
+            sizes = [p.numel() for key, p in adapted.named_parameters() if "lora_" in key]
+            found[name] = len(sizes) // 2, sum(sizes)
+    assert found == {"unet": (194, 25_257_216), "encoder": (31, 1_477_168)}
+    assert (len(listed), len(listed_vae)) == (258, 32)
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_converted_files_say_and_do_the_same(files, tmp_path, nets, name):
+    adapter = read_adapter(files[name].path, stage=1)
+    write_adapter(tmp_path / "converted.safetensors", adapter)
+    back = read_adapter(tmp_path / "converted.safetensors")
+    assert (back.method, back.stage) == (adapter.method, 1)
+    assert back.steps_for() == adapter.steps_for()
+    if adapter.predictor:
+        assert all(torch.equal(back.predictor[key], value) for key, value in adapter.predictor.items())
+        return
+    t = TIMESTEP.get(name, 200)
+    assert torch.equal(
+        eps_with(nets[0], back.branches()[0][1], t), eps_with(published.networks()[0], adapter.branches()[0][1], t)
+    )
+    assert back.vae.lows.keys() == adapter.vae.lows.keys()
+    write_adapter(tmp_path / "half.safetensors", adapter, "fp16")
+    half = eps_with(published.networks()[0], read_adapter(tmp_path / "half.safetensors").branches()[0][1], t)
+    assert 0 < (half - files[name].eps["eps"]).abs().max() < 2e-2
+
+
+def test_methods_and_stages_are_filled_in_and_contradictions_refused(files, tmp_path):
+    folder = files["omgsr"].path
+    assert read_adapter(folder).steps_for(1)[0].t == 200 and read_adapter(folder).steps_for(2)[0].t == 50
+    assert read_adapter(folder, "omgsr").steps_for()[0].t == 273
+    with pytest.raises(CheckpointError, match="adapter of OSEDiff, not of OMGSR"):
+        read_adapter(files["osediff"].path, "omgsr")
+    write_adapter(tmp_path / "two.safetensors", read_adapter(folder, stage=2))
+    with pytest.raises(CheckpointError, match="stage-2 adapter and was given as stage 1"):
+        read_adapter(tmp_path / "two.safetensors", stage=1)
+
+
+def change_pickle(files, name, change, path):
+    saved = torch.load(files[name].path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+    return path
+
+
+UNET_KEY = "mid_block.resnets.0.conv1.lora_{}.default_others.weight"
+OSEDIFF_DAMAGE = {
+    "half an update: mid_block.resnets.0.conv1": lambda s: s["state_dict_unet"].pop(UNET_KEY.format("B")),
+    "that its tensors do not match: mid_block.resnets.0.conv1": lambda s: [
+        s["state_dict_unet"].pop(UNET_KEY.format(half)) for half in "AB"
+    ],
+    "keys that fit nothing: state_dict_unet.foreign.weight": lambda s: s["state_dict_unet"].update(
+        {"foreign.weight": torch.ones(1)}
+    ),
+    "says rank 8 for its unet": lambda s: s.update(rank_unet=8),
+    "NaN": lambda s: s["state_dict_unet"][UNET_KEY.format("A")].fill_(float("nan")),
+    "ranks of mid_block.resnets.0.conv1": lambda s: s["state_dict_unet"].update(
+        {UNET_KEY.format("B"): torch.ones(128, 5, 1, 1)}
+    ),
+    "conv_in.bias contains NaN": lambda s: s["state_dict_unet"]["conv_in.base_layer.bias"].fill_(float("inf")),
+}
+
+
+@pytest.mark.parametrize("says", OSEDIFF_DAMAGE)
+def test_damaged_osediff_files_are_named(files, tmp_path, says):
+    path = change_pickle(files, "osediff", OSEDIFF_DAMAGE[says], tmp_path / "damaged.pkl")
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_adapter(path)
+    assert "damaged.pkl" in str(caught.value)
+
+
+KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
+LORA_DAMAGE = {
+    "half an update: mid_block.attentions.0.proj_in": lambda t: t.pop(f"{KOHYA}.lora_up.weight"),
+    "also changes the text encoder": lambda t: t.update({"lora_te_text_model_q.lora_up.weight": torch.ones(1)}),
+    "names its modules in another way": lambda t: t.update({"lora_unet_input_blocks_1_1.alpha": torch.ones(())}),
+    "an alpha without its update: conv_out": lambda t: t.update({"lora_unet_conv_out.alpha": torch.ones(())}),
+    "alpha of mid_block.attentions.0.proj_in is missing or not above": lambda t: t[f"{KOHYA}.alpha"].fill_(0),
+}
+
+
+@pytest.mark.parametrize("says", LORA_DAMAGE)
+def test_damaged_loras_are_named(files, tmp_path, says):
+    tensors = load_file(files["kohya"].path)
+    LORA_DAMAGE[says](tensors)
+    save_file(tensors, tmp_path / "damaged.safetensors")
+    with pytest.raises(CheckpointError, match=says):
+        read_adapter(tmp_path / "damaged.safetensors")
+
+
+def test_foreign_files_are_named_with_what_is_known(tmp_path):
+    save_file({"blocks.0.weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="no adapter this pack knows.*blocks.0.weight.*OSEDiff"):
+        read_adapter(tmp_path / "other.safetensors")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="no weight file"):
+        read_adapter(tmp_path / "notes.txt")
+
+
+def test_a_patch_returns_to_the_base_bit_for_bit(files, nets):
+    unet, _ = nets
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    slot = PatchSlot(unet, "UNet")
+    first, second = (read_adapter(files[name].path) for name in ("osediff", "omgsr"))
+    outs = []
+    for patch in (first.unet, second.unet, first.unet):
+        slot.use(patch)
+        outs.append(published.eps_of(unet, 200))
+    slot.use(Patch())
+    assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())

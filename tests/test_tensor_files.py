@@ -1,0 +1,185 @@
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tudsr_core.tensor_files import CheckpointError, read_file, stream, write_file
+
+
+class Evil:
+    """A pickle that would leave a file behind if it were run."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (eval, (f"open({str(self.mark)!r}, 'w')",))
+
+
+def rezip(source, target, change=lambda name, data: data, compression=zipfile.ZIP_STORED, extra=()):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, change(entry.filename, old.read(entry)))
+        for name, data in extra:
+            new.writestr(name, data)
+
+
+def good(path):
+    torch.save({"state_dict": {"w": torch.arange(6.0), "half": torch.ones(2).half()}, "step": 3}, path)
+    return path
+
+
+def test_pickles_of_tensors_are_read(tmp_path):
+    file = read_file(good(tmp_path / "good.pkl"))
+    assert torch.equal(file.tensors["w"], torch.arange(6.0)) and file.tensors["half"].dtype == torch.float16
+    torch.save({"rank": 4, "names": ["a"], "state_dict_unet": {"a": torch.ones(1)}}, tmp_path / "nested.pkl")
+    file = read_file(tmp_path / "nested.pkl")
+    assert list(file.tensors) == ["state_dict_unet.a"] and file.values == {"rank": 4, "names": ["a"]}
+
+
+def test_code_in_pickles_is_never_run(tmp_path):
+    mark = tmp_path / "was-run"
+    torch.save({"state_dict": {"w": torch.ones(2)}, "more": Evil(mark)}, tmp_path / "new.pkl")
+    (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"state_dict": Evil(mark)}))
+    torch.save({"state_dict": Evil(mark)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for name in ("new.pkl", "old.ckpt", "legacy.pt"):
+        with pytest.raises(CheckpointError, match="cannot be read safely"):
+            read_file(tmp_path / name)
+    assert not mark.exists()
+    with pytest.raises(CheckpointError, match="save only its tensors, best as .safetensors"):
+        read_file(tmp_path / "new.pkl")
+
+
+def expanded(path):
+    torch.save({"w": torch.zeros(1).expand(2**38)}, path)
+
+
+def bomb(path):
+    rezip(good(path.with_suffix(".tmp")), path, lambda name, data: data, zipfile.ZIP_DEFLATED)
+
+
+def many_entries(path):
+    rezip(good(path.with_suffix(".tmp")), path, extra=[(f"data/{i}", b"") for i in range(20_001)])
+
+
+def two_indexes(path):
+    rezip(good(path.with_suffix(".tmp")), path, extra=[("other/data.pkl", b"")])
+
+
+def overlapping(path):
+    """Two directory entries for the same large bytes: more unpacked than the file holds."""
+    good(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("data/big", b"x" * 100_000)
+        archive.filelist += [archive.getinfo("data/big")] * 5
+        archive._didModify = True
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: p.write_bytes(good(p).read_bytes()[:-200]), "only a part of one"),
+        (lambda p: p.write_bytes(b""), "it is empty"),
+        (lambda p: p.write_text("<!DOCTYPE html><html>sign in"), "it is a web page"),
+        (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"), "Git LFS pointer"),
+        (lambda p: p.write_bytes(os.urandom(5000)), "no archive of torch.save"),
+        (lambda p: torch.save([1, 2], p), "holds a list"),
+        (expanded, "claims more values than the file holds"),
+        (bomb, "entries are compressed"),
+        (many_entries, "it has 20,0"),
+        (two_indexes, "index is not that of a model"),
+        (overlapping, "more bytes than the file has"),
+    ],
+)
+def test_hostile_and_damaged_pickles(tmp_path, make, says):
+    make(tmp_path / "bad.pkl")
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_file(tmp_path / "bad.pkl")
+    assert "bad.pkl" in str(caught.value)
+
+
+def header(path, entries, data=b""):
+    text = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: header(p, {"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}), "not a whole"),
+        (
+            lambda p: header(p, {"w": {"dtype": "F32", "shape": [2**62, 8], "data_offsets": [0, 4]}}, b"0000"),
+            "not a whole",
+        ),
+        (lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}"), "not a whole"),
+        (lambda p: (save_file({"w": torch.ones(99)}, p), p.write_bytes(p.read_bytes()[:-8])), "not a whole"),
+        (lambda p: p.write_text("<html>"), "it is a web page"),
+        (
+            lambda p: header(p, {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10**6)}),
+            "1,000,000 tensors",
+        ),
+    ],
+)
+def test_hostile_and_damaged_safetensors(tmp_path, make, says):
+    make(tmp_path / "bad.safetensors")
+    for read in (read_file, lambda path: list(stream(path))):
+        with pytest.raises(CheckpointError, match=says):
+            read(tmp_path / "bad.safetensors")
+
+
+PROBE = """
+import resource, sys
+from pathlib import Path
+import torch
+from tudsr_core.tensor_files import CheckpointError, read_file
+resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in sys.argv[1:]:
+    try:
+        read_file(Path(name))
+    except CheckpointError:
+        continue
+    raise SystemExit(f"{name} was accepted")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_refusing_hostile_files_takes_little_memory(tmp_path):
+    expanded(tmp_path / "a.pkl")
+    many_entries(tmp_path / "b.pkl")
+    header(tmp_path / "c.safetensors", {"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}})
+    raw = good(tmp_path / "zeros.pkl")
+    rezip(
+        raw, tmp_path / "d.pkl", lambda name, data: bytes(2**28) if name.endswith("/0") else data, zipfile.ZIP_DEFLATED
+    )
+    files = [str(tmp_path / name) for name in ("a.pkl", "b.pkl", "c.safetensors", "d.pkl")]
+    done = subprocess.run([sys.executable, "-c", PROBE, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert int(done.stdout) < 100_000, "kB"
+
+
+def test_streaming_gives_every_tensor_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("tudsr_core.tensor_files.STREAM_BYTES", 100)
+    tensors = {f"{part}.{i}": torch.full((20,), float(i)) for part in "ab" for i in range(7)}
+    write_file(tmp_path / "x.safetensors", tensors, {})
+    torch.save(tensors, tmp_path / "x.pt")
+    for name in ("x.safetensors", "x.pt"):
+        whole = dict(stream(tmp_path / name))
+        assert whole.keys() == tensors.keys() and all(torch.equal(whole[key], tensors[key]) for key in tensors)
+        assert set(dict(stream(tmp_path / name, ("a.",)))) == {f"a.{i}" for i in range(7)}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_file(path, {"a": torch.ones(2)}, {})
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="metadata|str"):
+        write_file(path, {"a": torch.zeros(2)}, {"bad": 3})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]

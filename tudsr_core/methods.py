@@ -1,0 +1,88 @@
+"""The published one-step methods as data: formula, base model, prompt and what their files carry.
+
+One row per method; nothing else in this package asks which method it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .schedule import OneStep, euler, from_noise_level, residual
+
+SD21, TURBO = "SD2.1-base", "SD-Turbo"
+
+INVSR_TIMESTEPS = {
+    1: (199,),
+    2: (199, 99),
+    3: (199, 99, 49),
+    4: (199, 149, 99, 49),
+    5: (249, 199, 149, 99, 49),
+}
+"""Timesteps InvSR was published with, by number of steps (its "200" is timestep 199)."""
+
+# What InvSR's noise predictor was trained with; the words are the method's constant.
+INVSR_PROMPT = (
+    "Cinematic, high-contrast, photo-realistic, 8k, ultra HD, "
+    "meticulous detailing, hyper sharpness, perfect without deformations"
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method.
+
+    `formula(stage, count)` gives its steps. `prompt` is the fixed text it was trained with, None
+    where each picture had its own tags. `alpha` is what its files leave out, None where they say
+    it or it equals the rank. `first_max` is the largest factor it was trained for in one go.
+    """
+
+    title: str
+    base: str
+    formula: Callable[[int, int], tuple[OneStep, ...]]
+    prompt: str | None = ""
+    alpha: float | None = None
+    first_max: float = 4.0
+    counts: tuple[int, ...] = (1,)
+
+    def steps(self, stage: int = 1, count: int = 1, timestep: int = 0) -> tuple[OneStep, ...]:
+        """Return the steps of `stage` (1 or 2) in `count` evaluations; `timestep` above 0 replaces its own.
+
+        Raises ValueError for a number of steps the method does not know, and for a timestep where
+        the method has none to choose.
+        """
+        if count not in self.counts:
+            known = ", ".join(map(str, self.counts))
+            raise ValueError(f"{self.title} cannot run in {count} steps; possible: {known}")
+        steps = self.formula(stage, count)
+        if not timestep:
+            return steps
+        if len(steps) > 1 or steps[0].p == 1 or steps[0].b:
+            raise ValueError(f"the timestep of {self.title} is part of the method; leave it at 0")
+        return (from_noise_level(timestep),)
+
+
+def _noise_level(*by_stage: int) -> Callable[[int, int], tuple[OneStep, ...]]:
+    return lambda stage, count: (from_noise_level(by_stage[min(stage, len(by_stage)) - 1]),)
+
+
+METHODS: dict[str, Method] = {
+    "tudsr": Method("TUDSR", SD21, _noise_level(200, 50)),
+    "omgsr": Method("OMGSR", SD21, _noise_level(273)),
+    "osediff": Method("OSEDiff", SD21, _noise_level(999), prompt=None, alpha=8.0),
+    "pisa-sr": Method("PiSA-SR", SD21, lambda stage, count: (residual(1),), alpha=8.0),
+    "invsr": Method(
+        "InvSR",
+        TURBO,
+        lambda stage, count: euler(INVSR_TIMESTEPS[count]),
+        prompt=INVSR_PROMPT,
+        counts=tuple(INVSR_TIMESTEPS),
+    ),
+}
+
+
+def method_named(name: str) -> Method:
+    """Return the row of METHODS; raises ValueError that lists the known names."""
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is not known; use one of: {', '.join(METHODS)}")
+    return METHODS[name]
