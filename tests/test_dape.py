@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from tudsr_core.cli import app
 from tudsr_core.models import dape
 from tudsr_core.models.dape import DapeTagger, load_tagger, read_lists, read_published, write_tagger
 from tudsr_core.models.ram import RamConfig, RamTagger, prepare
@@ -394,6 +396,18 @@ def test_a_folder_of_published_files_is_enough(published, monkeypatch):
     monkeypatch.setattr(dape, "RamConfig", lambda: SMALL)
     assert load_tagger(published).name == "DAPE"
     assert load_tagger(published).fingerprint() == read(published).fingerprint()
+
+
+def test_the_commands_convert_and_inspect(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(dape, "RamConfig", lambda *sizes, **more: RamConfig(*sizes, **more) if more else SMALL)
+    path = tmp_path / "made" / "dape.safetensors"
+    done = CliRunner().invoke(app, ["convert", str(published), "-o", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "DAPE, 40 tags, fp16" in done.output
+    assert load_tagger(path).labels[39] == "thing 39"
+    done = CliRunner().invoke(app, ["inspect", str(path)])
+    assert "tagger of 40 tags" in done.output
+    assert CliRunner().invoke(app, ["convert", str(published), "-o", str(path)]).exit_code == 1
 
 
 def test_the_full_size_is_the_published_one():
