@@ -68,7 +68,15 @@ class TestSaveTensor:
         np.save(os.path.join(folder_paths.get_output_directory(), name), images.float().cpu().numpy())
         return {"ui": {"text": [name]}}
 
-NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestSaveTensor": TestSaveTensor}
+class TestSaveConditioning:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"conditioning": ("CONDITIONING",), "name": ("STRING",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "save", "tests", True
+    def save(self, conditioning, name):
+        np.save(os.path.join(folder_paths.get_output_directory(), name), conditioning[0][0].float().cpu().numpy())
+        return {"ui": {"text": [name]}}
+
+NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestSaveTensor": TestSaveTensor,
+                       "TestSaveConditioning": TestSaveConditioning}
 """
 
 
@@ -87,7 +95,8 @@ def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def write(models: Path) -> None:
-    """Write the checkpoint and two peft adapters under ComfyUI's `models` folder."""
+    """Write the checkpoint, two peft adapters and a PiSA-SR file under ComfyUI's `models` folder."""
+    import published
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
 
@@ -110,6 +119,7 @@ def write(models: Path) -> None:
                 torch.nn.init.normal_(parameter, std=0.05)
         adapted.save_pretrained(models / "tudsr" / folder / "unet_lora_adapter")
         unet = adapted.unload()
+    published.pisa(models / "tudsr" / "pisa_sr.pkl")
 
 
 def text_weights() -> dict[str, torch.Tensor]:
@@ -142,3 +152,23 @@ def text_weights() -> dict[str, torch.Tensor]:
     return {
         prefix + key: torch.ones(width) if shape is None else torch.randn(shape) * 0.1 for key, shape in shapes.items()
     }
+
+
+def slow_text_tower(weights: dict, ids: list[int], layers: int = 2, heads: int = 2) -> torch.Tensor:
+    """OpenCLIP's text transformer up to `layers`, then its final norm, one line per operation: `tokens width`."""
+    w = {key.removeprefix("cond_stage_model.model."): value for key, value in weights.items()}
+    norm = torch.nn.functional.layer_norm
+    x = w["token_embedding.weight"][ids] + w["positional_embedding"]
+    mask = torch.full((len(ids), len(ids)), -torch.inf).triu(1)
+    for layer in range(layers):
+        b = f"transformer.resblocks.{layer}."
+        h = norm(x, (32,), w[b + "ln_1.weight"], w[b + "ln_1.bias"])
+        q, k, v = (h @ w[b + "attn.in_proj_weight"].T + w[b + "attn.in_proj_bias"]).chunk(3, -1)
+        split = [one.view(len(ids), heads, -1).transpose(0, 1) for one in (q, k, v)]
+        attention = (split[0] @ split[1].transpose(1, 2) / (32 / heads) ** 0.5 + mask).softmax(-1) @ split[2]
+        h = attention.transpose(0, 1).reshape(len(ids), 32)
+        x = x + h @ w[b + "attn.out_proj.weight"].T + w[b + "attn.out_proj.bias"]
+        h = norm(x, (32,), w[b + "ln_2.weight"], w[b + "ln_2.bias"])
+        h = torch.nn.functional.gelu(h @ w[b + "mlp.c_fc.weight"].T + w[b + "mlp.c_fc.bias"])
+        x = x + h @ w[b + "mlp.c_proj.weight"].T + w[b + "mlp.c_proj.bias"]
+    return norm(x, (32,), w["ln_final.weight"], w["ln_final.bias"])

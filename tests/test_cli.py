@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 TUDSR = [sys.executable, "-m", "tudsr_core"]
+WIDE = {**os.environ, "COLUMNS": "400"}
 
 
 def tudsr(*args, **options):
@@ -207,3 +208,57 @@ def test_demo_writes_its_two_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"demo-x8.png", "demo-compare.png"}
     assert "stage 2: x2" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    import published
+
+    return published.write_all(tmp_path_factory.mktemp("published"))
+
+
+def test_inspect_says_what_each_file_is(adapters, tmp_path):
+    for name, words in {
+        "omgsr": ("peft folder", "194 updates, rank 6, scale 1", "VAE", "t = 200"),
+        "osediff": ("OSEDiff .pkl", "258 updates, rank 4, scale 2", "trained: conv_in", "t = 999", "Apache-2.0"),
+        "pisa": ("PiSA-SR .pkl", "UNet, detail", "z = 1.00000 z_in -1.000000 eps"),
+        "invsr": ("InvSR noise predictor", "SD-Turbo", "fixed: Cinematic", "0.86905 z + 0.49473 n"),
+        "kohya": ("diffusers or kohya LoRA", "scale 0.5"),
+    }.items():
+        done = tudsr("inspect", adapters[name].path, env=WIDE)
+        assert done.returncode == 0, done.stderr
+        assert all(word in done.stdout for word in words), (name, done.stdout)
+    from tudsr_core.checkpoints import embedded_path
+
+    assert "whole model 'embedded'" in tudsr("inspect", embedded_path()).stdout
+    (tmp_path / "page.pkl").write_text("<html>")
+    done = tudsr("inspect", tmp_path / "page.pkl")
+    assert done.returncode == 1 and "page.pkl cannot be read safely: it is a web page" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_convert_writes_one_file_that_says_everything(adapters, tmp_path):
+    target = tmp_path / "new" / "one.safetensors"
+    done = tudsr("convert", adapters["omgsr"].path, "-o", target, "--method", "omgsr", "--dtype", "fp16")
+    assert done.returncode == 0, done.stderr
+    inspected = tudsr("inspect", target, env=WIDE).stdout
+    assert all(word in inspected for word in ("adapter of this pack", "OMGSR", "t = 273", "float16", "194 updates"))
+    again = tudsr("convert", adapters["osediff"].path, "-o", target)
+    assert again.returncode == 1 and "add --force" in again.stderr
+    wrong = tudsr("convert", adapters["osediff"].path, "-o", tmp_path / "x.safetensors", "--method", "omgsr")
+    assert wrong.returncode == 1 and "adapter of OSEDiff, not of OMGSR" in wrong.stderr
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_download_lists_and_explains(tmp_path):
+    listed = tudsr("download", env=WIDE)
+    assert all(name in listed.stdout for name in ("osediff.pkl", "S-Lab 1.0", "sd_turbo.safetensors"))
+    for name, says in (("pisa_sr.pkl", "no direct address"), ("nothing", "not in the list")):
+        done = tudsr("download", name, "--to", tmp_path)
+        assert done.returncode == 1 and says in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_adapter_options_need_an_adapter(photo, tmp_path):
+    done = tudsr("upscale", photo, "-o", tmp_path / "x.png", "--detail", 0.5)
+    assert done.returncode == 1 and "add --stage-one" in done.stderr

@@ -136,6 +136,18 @@ def test_adapters_on_sd21_equal_peft_in_diffusers(server):
     assert (made - wanted).abs().mean() < 2e-5
 
 
+def test_the_adapters_prompt_is_the_text_towers_own(server):
+    """The empty prompt through ComfyUI's CLIP against the same layers written out, as `sd21.py` has them."""
+    work = {key: graph("06-published-adapters")[key] for key in ("2", "3")}
+    work["9"] = {"class_type": "TestSaveConditioning", "inputs": {"conditioning": ["3", 2], "name": "empty.npy"}}
+    server.run(work)
+    made = torch.from_numpy(np.load(server.base / "output" / "empty.npy"))[0]
+    wanted = sd_stand_in.slow_text_tower(sd_stand_in.text_weights(), [49406, 49407] + [0] * 75)
+    assert (made - wanted).abs().max() < 1e-4
+    work["3"]["inputs"].pop("clip")
+    assert "connect the checkpoint's CLIP" in server.fail(work)
+
+
 def test_the_stock_sampler_equals_stage_one(server):
     work = graph("05-stock-sampler")
     work["1"]["inputs"]["image"] = server.put_image("large.png", photo(128, 128))
@@ -194,4 +206,4 @@ def test_a_missing_adapter_says_where_to_put_it(server):
     info = server.get("/object_info")["TUDSRLoadAdapter"]
     options = info["input"]["required"]["adapter"]
     names = options[1].get("options") or options[0]
-    assert names == ["tudsr-stage-one", "tudsr-stage-two"]
+    assert names == ["pisa_sr.pkl", "tudsr-stage-one", "tudsr-stage-two"]

@@ -204,14 +204,17 @@ def _single_file_text(path: Path, dtype: torch.dtype, config: dict) -> nn.Module
     if not own:
         raise CheckpointError(f"{path} has no text encoder; use a full checkpoint or a diffusers folder")
     prefix = next(prefix for prefix in TEXT_PREFIXES if next(iter(own)).startswith(prefix))
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)).to(dtype)
+    with torch.device("meta"):
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
     weights = convert.convert_open_clip_checkpoint(text, own, prefix=prefix)
     # Newer transformers leave out the level `text_model`, which diffusers' converter writes.
     flat = "text_model.final_layer_norm.weight" not in text.state_dict()
     weights = {key.removeprefix("text_model.") if flat else key: value for key, value in weights.items()}
-    missing = [key for key in text.load_state_dict(weights, strict=False).missing_keys if "position_ids" not in key]
+    missing = text.load_state_dict(weights, strict=False, assign=True).missing_keys
     if missing:
         raise CheckpointError(f"{path}: its text encoder is not SD2.1's (missing: {some(missing)})")
+    embeddings = text.embeddings if flat else text.text_model.embeddings
+    embeddings.position_ids = torch.arange(TOKENS)[None]  # a buffer that no file holds
     return text
 
 

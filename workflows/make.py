@@ -21,11 +21,9 @@ from browser import fit, load_graph, open_page, run_graph, shoot
 from comfyui import Server, find
 from PIL import Image
 
-SD21 = {
-    "name": "v2-1_512-ema-pruned.safetensors",
-    "url": "https://huggingface.co/stabilityai/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
-    "directory": "checkpoints",
-}
+from tudsr_core.known_files import known_file
+
+SD21 = known_file("v2-1_512-ema-pruned.safetensors")
 NOTES = {
     "01-embedded-x8": """## Upscale x8 with the embedded model
 Pick a picture and press **Run**. Nothing is downloaded.
@@ -58,8 +56,18 @@ One-Step Sigmas and One-Step Latent let **SamplerCustom** do what *TUDSR Stage O
 euler, one step, no added noise, cfg 1.
 
 Useful when you want your own sampler or wrappers in the path.""",
+    "06-published-adapters": """## OMGSR, OSEDiff, PiSA-SR or InvSR
+1. Put the base into `models/checkpoints`: **v2-1_512-ema-pruned.safetensors**
+   (**sd_turbo.safetensors** for InvSR).
+2. Put the authors' file into `models/tudsr` and choose it: here PiSA-SR's `pisa_sr.pkl`.
+
+The adapter's *conditioning* output is the prompt it was trained with.
+
+- **fidelity**, **detail**: PiSA-SR's dials
+- **steps**: 1 to 5 with InvSR
+- **method**: choose *omgsr* for OMGSR's folder""",
 }
-STAND_IN_ONLY = ("02-sd21-two-stage", "04-multidiffusion-ksampler")
+STAND_IN_ONLY = ("02-sd21-two-stage", "04-multidiffusion-ksampler", "06-published-adapters")
 
 
 def lay_out(workflow: dict, api: dict) -> None:
@@ -108,7 +116,8 @@ def make(page, name: str) -> None:
     lay_out(workflow, api)
     for node in workflow["nodes"]:
         if node["type"] == "CheckpointLoaderSimple":
-            node.setdefault("properties", {})["models"] = [SD21]
+            link = {"name": SD21.name, "url": SD21.url, "directory": SD21.folder}
+            node.setdefault("properties", {})["models"] = [link]
     add_note(workflow, NOTES[name])
     for node in workflow["nodes"]:
         values = node.get("widgets_values") or []
