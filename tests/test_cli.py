@@ -123,10 +123,10 @@ def test_wrong_adapter_and_model_files_are_one_line(photo, tmp_path):
 
     done = tudsr("upscale", photo, "-o", tmp_path / "o.png", "--model", photo)
     assert done.returncode == 1
-    assert "not a whole safetensors file" in done.stderr
+    assert "is not a tudsr model file" in done.stderr
     done = tudsr("upscale", photo, "-o", tmp_path / "o.png", "--model", embedded_path(), "--stage-one", embedded_path())
     assert done.returncode == 1
-    assert "not an SD2.1-base checkpoint" in done.stderr
+    assert "is a whole model, not an adapter" in done.stderr
 
 
 def test_unwritable_folder_is_named(photo, tmp_path):
@@ -222,7 +222,7 @@ def test_inspect_says_what_each_file_is(adapters, tmp_path):
         "omgsr": ("peft folder", "194 updates, rank 6, scale 1", "VAE", "t = 200"),
         "osediff": ("OSEDiff .pkl", "258 updates, rank 4, scale 2", "trained: conv_in", "t = 999", "Apache-2.0"),
         "pisa": ("PiSA-SR .pkl", "UNet, detail", "z = 1.00000 z_in -1.000000 eps"),
-        "invsr": ("InvSR noise predictor", "SD-Turbo", "fixed: Cinematic", "0.86905 z + 0.49473 n"),
+        "invsr": ("InvSR noise predictor", "SD-Turbo", "fixed: Cinematic", "0.86904 z + 0.49473 n"),
         "kohya": ("diffusers or kohya LoRA", "scale 0.5"),
     }.items():
         done = tudsr("inspect", adapters[name].path, env=WIDE)

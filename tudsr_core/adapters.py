@@ -106,7 +106,7 @@ class Adapter:
     def dials(self, fidelity: float = 1.0, detail: float = 1.0) -> list[tuple[float, bool]]:
         """Return `(w_j, whether branch j has the detail updates)` with eps = sum of w_j B_j.
 
-        PiSA-SR (eq. 7): eps = l_pix eps_pix + l_sem (eps_full - eps_pix), so the full branch has weight
+        PiSA-SR, adjustable: eps = l_pix eps_pix + l_sem (eps_full - eps_pix), so the full branch has weight
         l_sem and the pixel-level one l_pix - l_sem; branches without weight are left out. Raises
         ValueError when the dials of another method are turned.
         """

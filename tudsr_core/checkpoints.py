@@ -21,7 +21,7 @@ from .plan import StageLimits
 from .schedule import OneStep, from_noise_level
 from .tensor_files import SUFFIXES, CheckpointError, TensorFile, check_finite, read_file, some, write_file
 
-EMBEDDED_NAME = "embedded"
+OWN_TITLE = "adapter of this pack"
 MODEL_FORMAT = "tudsr-model/1"
 ADAPTER_FORMATS = ("tudsr-adapter/1", "tudsr-adapter/2")
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
@@ -49,6 +49,8 @@ def embedded_path() -> Path:
 
 def read_model(path: Path) -> ModelFile:
     """Read a `tudsr-model` safetensors file. Raises CheckpointError."""
+    if path.is_file() and path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is not a tudsr model file, which is a .safetensors; check the path")
     file = read_file(path)
     if file.metadata.get("format") != MODEL_FORMAT:
         raise CheckpointError(f"{path} is not a tudsr model file (its metadata says {file.metadata.get('format')!r})")
@@ -115,7 +117,7 @@ def identify(path: Path, method: str | None = None, stage: int | None = None) ->
         file = read_file(path)
         own = file.metadata.get("format", "")
         if own.startswith("tudsr-adapter"):
-            title, adapter = "adapter of this pack", _read_own(file)
+            title, adapter = OWN_TITLE, _read_own(file)
         elif own == MODEL_FORMAT:
             raise CheckpointError(f"{path} is a whole model, not an adapter; give it as the model")
         else:

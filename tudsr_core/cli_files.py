@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -26,7 +27,7 @@ def inspect(file: File) -> None:
 
     table = Table(show_header=False, box=None)
     for name, value in inspect_file(file):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     out.print(table)
 
 
@@ -76,7 +77,7 @@ def download(
     if name is None:
         table = Table(box=None)
         for head in ("file", "gives", "licence", "folder", "from"):
-            table.add_column(head, no_wrap=head == "file")
+            table.add_column(head, no_wrap=head == "file", overflow="fold")
         for file in KNOWN_FILES:
             table.add_row(file.name, file.gives, file.licence, file.folder, file.page)
         out.print(table)

@@ -88,7 +88,9 @@ def _read_peft(folder: Path, read: Callable[[Path], TensorFile]) -> dict[str, Lo
         config = json.loads(config_file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config_file} cannot be read: {error}") from error
-    return _peft_lows(folder, read(folder / "adapter_model.safetensors").tensors, config)
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    files = [folder / name for name in names if (folder / name).is_file()] or [folder / names[0]]
+    return _peft_lows(folder, read(files[0]).tensors, config)
 
 
 def _peft_lows(path: Path, tensors: dict[str, Tensor], config: dict) -> dict[str, Low]:

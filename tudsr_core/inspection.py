@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .adapters import Adapter, Patch
-from .checkpoints import MODEL_FORMAT, identify, read_model
+from .checkpoints import MODEL_FORMAT, OWN_TITLE, identify, read_model
 from .known_files import known_file
 from .models.dape import TAGGER_FORMAT, load_tagger
 from .schedule import OneStep
@@ -76,7 +76,10 @@ def _single(path: Path) -> Lines:
     if any(key.startswith((UNET_PREFIX, VAE_PREFIX)) for key in keys):
         return _base_file(path, keys)
     title, adapter = identify(path)
-    return [("kind", title), *describe_adapter(adapter)]
+    lines = [("kind", title), *describe_adapter(adapter)]
+    if adapter.method == "tudsr" and title != OWN_TITLE:
+        lines.append(("note", "it does not say whose it is: TUDSR is assumed, give --method omgsr for OMGSR's"))
+    return lines
 
 
 def _base_file(path: Path, keys: list[str]) -> Lines:

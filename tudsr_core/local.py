@@ -1,7 +1,7 @@
 """The pipeline's `Networks` over diffusers: for the command line, batch work, training and tests.
 
-Loads the embedded model, a Stable Diffusion 2.1-base folder or a single checkpoint file, and
-stage adapters. ComfyUI never comes this way; its own models are wrapped in `nodes/`.
+Loads the embedded model, a folder or single file of SD2.1-base or SD-Turbo, and adapters. ComfyUI
+never comes this way; its own models are wrapped in `nodes/`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .models.invsr import build_predictor
 from .pipeline import Model, NoisePredictor, Predict, Stage
 from .plan import NetworkFacts, StageLimits
 from .schedule import scaled_linear
-from .sd21 import PREDICTIONS, read_base, read_prediction
+from .sd21 import PREDICTIONS, check_exists, read_base, read_prediction
 from .tiles import Tile
 from .vae_tiling import TILE_PX, Reach, count_tiles, find_reaches, run_tiled
 
@@ -253,6 +253,7 @@ def load_sd21(
     one, ValueError for options the method does not have.
     """
     options = options or AdapterOptions()
+    check_exists(base)
     adapters = [read_adapter(stage_one, options.method, 1)]
     if stage_two is not None:
         adapters.append(read_adapter(stage_two, options.method, 2))

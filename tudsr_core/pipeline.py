@@ -233,7 +233,7 @@ class Start:
 
 
 def _noise_source(picture: Tensor, part: StagePlan) -> Tensor:
-    """Return the small picture at two pixels per latent, which is the input itself at x4 (InvSR sec. 3.2)."""
+    """Return the small picture at two pixels per latent, which is the input itself at x4 (InvSR)."""
     wanted = 2 * part.tiles.height, 2 * part.tiles.width
     unit = part.padded[0] / wanted[0]
     small = resize(picture, tuple(max(1, round(side / unit)) for side in part.size)).clamp(0, 1)

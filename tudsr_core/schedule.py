@@ -86,7 +86,7 @@ def from_noise_level(t: int, *, schedule: NoiseSchedule | None = None) -> OneSte
 
 
 def euler(timesteps: Sequence[int], *, schedule: NoiseSchedule | None = None) -> tuple[OneStep, ...]:
-    """Return Euler steps from a diffused latent through falling `timesteps` to zero (InvSR sec. 3.2).
+    """Return Euler steps from a diffused latent through falling `timesteps` to zero (InvSR).
 
     The first step starts at z_in = sqrt(abar_t) z_L + sqrt(1 - abar_t) n. A step from sigma to
     sigma' is x' = x + (sigma' - sigma) eps for x = z sqrt(1 + sigma^2), which in z is p z + q eps

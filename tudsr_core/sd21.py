@@ -79,7 +79,7 @@ def read_base(
     CLIP's vocab.json and merges.txt. Raises CheckpointError, also for a folder whose UNet predicts
     something else than `predictions`.
     """
-    path = Path(path)
+    check_exists(path)
     if path.is_dir():
         kind = read_prediction(path)
         if kind not in predictions:
@@ -88,12 +88,16 @@ def read_base(
                 "use SD2.1-base (512), not SD2.1 (768)"
             )
         return _read_folder(path, dtype)
-    if not path.is_file():
+    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
+
+
+def check_exists(path: Path) -> None:
+    """Raise CheckpointError unless there is a file or folder."""
+    if not path.exists():
         raise CheckpointError(
             f"base model {path} does not exist; give a diffusers folder or a checkpoint file of SD2.1-base or SD-Turbo "
             "(for example v2-1_512-ema-pruned.safetensors)"
         )
-    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
 
 
 def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Embed]:

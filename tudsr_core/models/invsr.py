@@ -16,7 +16,7 @@ HEAD_CHANNELS, EPS = 64, 1e-6
 
 
 class NoisePredictor(nn.Module):
-    """Predicts the noise to start from, out of the small picture (InvSR sec. 3.2).
+    """Predicts the noise to start from, out of the small picture (InvSR).
 
     An encoder of two attention blocks with time embedding, one downsampling by 2 between them:
     pixels `B 3 2h 2w` give mean and log-variance `B 8 h w` of the noise for latents `h w`.
