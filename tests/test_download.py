@@ -147,7 +147,7 @@ def test_cancelling_keeps_the_part(server, tmp_path):
 def test_the_table_is_complete():
     for file in KNOWN_FILES:
         assert file.licence and file.gives and file.page.startswith("https://")
-        assert file.folder in ("tudsr", "checkpoints")
+        assert file.folder in ("tudsr", "tudsr/dape", "checkpoints")
         assert file.url is None or file.url.startswith("https://")
         assert file.digest is None or file.digest.partition(":")[0] in ("sha256", "git")
     assert known_file("sub/osediff.pkl").licence == "Apache-2.0"

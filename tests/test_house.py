@@ -11,17 +11,19 @@ CORE = ROOT / "tudsr_core"
 # A module may import only from ranks below its own.
 RANKS = [
     {"files", "image", "schedule", "tiles", "known_files", "download", "vae_graph", "vae_planes", "vae_reach"},
-    {"color", "metrics", "plan", "vae_stream", "filter_bank", "methods", "tensor_files"},
-    {"adapters", "models.invsr", "vae_tiling", "sweep"},
-    {"formats"},
+    {"color", "metrics", "plan", "prompts", "vae_stream", "filter_bank", "methods", "models.swin", "tensor_files"},
+    {"adapters", "edits", "models.invsr", "models.ram", "prompters", "vae_tiling", "sweep"},
+    {"captions", "formats", "models.dape"},
     {"checkpoints", "pipeline", "sd21"},
+    {"sampling"},
+    {"zoom"},
     {"batch"},
     {"local"},
     {"inspection"},
     {"training.data", "training.degradations", "training.identity"},
     {"evaluation", "training.embedded", "training.bank"},
     {"console"},
-    {"cli_files"},
+    {"cli_files", "cli_zoom"},
     {"cli"},
     {"__main__"},
 ]

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .methods import METHODS, Method
 from .schedule import OneStep
+from .tensor_files import CheckpointError, some
 
 
 @dataclass(frozen=True)
@@ -127,3 +128,63 @@ class Adapter:
 def map_lows(lows: dict[str, Low], change: Callable[[Tensor], Tensor]) -> dict[str, Low]:
     """Return `lows` with `change` applied to their tensors."""
     return {path: replace(low, down=change(low.down), up=change(low.up)) for path, low in lows.items()}
+
+
+class PatchSlot:
+    """A network whose weights can carry one `Patch` at a time.
+
+    Patches are merged into the weights; the originals of what was touched are kept, so that going
+    back is bit-exact and base weights exist once. With `keep` off nothing is kept: for a network
+    that will never carry another patch.
+    """
+
+    def __init__(self, network: nn.Module, name: str) -> None:
+        self.network, self.name = network, name
+        self.keep = True
+        self.active: Patch | None = None
+        self._originals: dict[str, Tensor] = {}
+
+    def check(self, patch: Patch, source: str) -> None:
+        """Raise CheckpointError that lists every change without a weight it fits."""
+        weights = dict(self.network.named_parameters())
+        homeless = [path for path in patch.lows if f"{path}.weight" not in weights]
+        homeless += [path for path in patch.weights if path not in weights]
+        if homeless:
+            raise CheckpointError(
+                f"adapter {source} changes what this {self.name} does not have: {some(homeless)}; it was made for "
+                "another base model"
+            )
+        wrong = [path for path, low in patch.lows.items() if not low.fits(weights[f"{path}.weight"])]
+        wrong += [path for path, value in patch.weights.items() if value.shape != weights[path].shape]
+        if wrong:
+            raise CheckpointError(
+                f"adapter {source} does not fit the shapes of this {self.name} at {some(wrong)}; it was made for "
+                "another base model"
+            )
+
+    @torch.no_grad()
+    def use(self, patch: Patch | None) -> None:
+        """Make `patch` the merged one; None or an empty patch restores the base weights."""
+        patch = patch or None
+        if patch is self.active:
+            return
+        if self.active and not self.keep:
+            raise RuntimeError(f"the base weights of this {self.name} were not kept, so its adapter cannot change")
+        weights = dict(self.network.named_parameters())
+        for path, original in self._originals.items():
+            weights[path].copy_(original)
+        self._originals.clear()
+        for path, value in (patch.weights if patch else {}).items():
+            self._keep(path, weights[path])
+            weights[path].copy_(value)
+        for path, low in (patch.lows if patch else {}).items():
+            weight = weights[f"{path}.weight"]
+            self._keep(f"{path}.weight", weight)
+            low = replace(low, down=low.down.to(weight.device), up=low.up.to(weight.device))
+            # Added in float32 and rounded once, as ComfyUI does it.
+            weight.copy_(weight.float() + low.delta(weight))
+        self.active = patch
+
+    def _keep(self, path: str, weight: Tensor) -> None:
+        if self.keep and path not in self._originals:
+            self._originals[path] = weight.detach().clone()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import time
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +12,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__
 from .cli_files import add_file_commands
-from .console import MethodName, Precision, complain, err, one_line_errors, out
+from .cli_zoom import add_zoom_command
+from .console import (
+    ColorName,
+    Device,
+    DeviceOption,
+    MethodName,
+    Precision,
+    PrecisionOption,
+    Suffix,
+    WindowName,
+    err,
+    one_line_errors,
+    out,
+    run_jobs,
+)
 
 app = typer.Typer(
     help="Diffusion super-resolution in two one-step stages (TUDSR).",
@@ -28,11 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 add_file_commands(app)
+add_zoom_command(app)
 
-Device = Enum("Device", {name: name for name in ("auto", "cpu", "cuda", "mps")}, type=str)
-WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", "published")}, type=str)
-ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "none")}, type=str)
-Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, type=str)
 
 ModelOption = Annotated[
     str, typer.Option(help="'embedded', a tudsr-model .safetensors, or an SD2.1-base folder or checkpoint.")
@@ -49,8 +57,6 @@ TokenizerOption = Annotated[
 StepsOption = Annotated[int, typer.Option(help="Network evaluations per tile: 1 to 5 with InvSR, else 1.")]
 FidelityOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the pixel-level part.")]
 DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semantic part.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Precision of the networks.")]
 
 
 @app.command()
@@ -90,7 +96,7 @@ def upscale(
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
 ) -> None:
     """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
-    from .batch import Output, plan_jobs
+    from .batch import Output, finish_job, open_job, plan_jobs
     from .local import AdapterOptions
     from .pipeline import UpscaleOptions
     from .plan import Target
@@ -115,7 +121,13 @@ def upscale(
     networks = _load(model, stage_one, stage_two, device, dtype, use)
     if not dry_run and jobs[0].output.parent == output:
         output.mkdir(parents=True, exist_ok=True)
-    failed = _run(jobs, networks, target, options, Output(bits, quality, force), dry_run)
+    how = networks, target, options, Output(bits, quality, force)
+    failed = run_jobs(
+        jobs,
+        lambda job: open_job(job, *how, dry_run),
+        lambda job, picture, tick: finish_job(job, picture, *how, tick),
+        dry_run,
+    )
     if failed:
         raise typer.Exit(1)
 
@@ -137,35 +149,6 @@ def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: De
     return load_embedded(device.value, dtype.value, path)
 
 
-def _run(jobs, model, target, options, output, dry_run: bool) -> int:
-    from .batch import finish_job, open_job
-
-    failed = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    for job in jobs:
-        began = time.monotonic()
-        try:
-            picture, lines = open_job(job, model, target, options, output, dry_run)
-            out.print(f"{job.source} -> {job.output}", *(f"  {line}" for line in lines), sep="\n", markup=False)
-            if dry_run:
-                continue
-            with Progress(*columns, console=err, transient=True) as bar:
-                task = bar.add_task(job.source.name, total=None)
-
-                def tick(done: int, total: int, preview: object, bar=bar, task=task) -> None:
-                    bar.update(task, completed=done, total=total)
-
-                result = finish_job(job, picture, model, target, options, output, tick)
-            height, width = result.size
-            seconds = time.monotonic() - began
-            rate = seconds / (height * width / 1e6)
-            out.print(f"  {width} x {height} written in {seconds:.1f} s ({rate:.1f} s per megapixel)", markup=False)
-        except (ValueError, MemoryError) as error:
-            failed += 1
-            complain(error)
-    return failed
-
-
 @app.command()
 @one_line_errors
 def demo(
@@ -175,7 +158,7 @@ def demo(
     """Upscale the shipped photo x8 and write it with a comparison (nearest, bicubic, ours)."""
     from dataclasses import replace
 
-    from .batch import Job, Output
+    from .batch import Job, Output, finish_job, open_job
     from .evaluation import compare, example_path
     from .files import read_picture, write_picture
     from .pipeline import UpscaleOptions
@@ -184,7 +167,8 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     job = Job(example_path(), output / "demo-x8.png")
     networks = _load("embedded", None, None, device, Precision.fp32)
-    if _run([job], networks, Target(scale=8), UpscaleOptions(), Output(overwrite=True), dry_run=False):
+    how = networks, Target(scale=8), UpscaleOptions(), Output(overwrite=True)
+    if run_jobs([job], lambda job: open_job(job, *how), lambda job, image, tick: finish_job(job, image, *how, tick)):
         raise typer.Exit(1)
     small, ours = read_picture(job.source), read_picture(job.output)
     panels = output / "demo-compare.png"

@@ -39,19 +39,31 @@ def convert(
     dtype: Annotated[Precision | None, typer.Option(help="Precision to store; default: as it is.")] = None,
     force: Annotated[bool, typer.Option(help="Replace a file that exists.")] = False,
 ) -> None:
-    """Write an adapter of any known format as one safetensors file with its metadata."""
+    """Write an adapter of any known format, or a folder with RAM and DAPE, as one safetensors file."""
     from .checkpoints import read_adapter, write_adapter
     from .inspection import describe_adapter
+    from .models.dape import RAM_FILE
 
     if output.suffix != ".safetensors":
         raise ValueError(f"{output} must end in .safetensors")
     if output.exists() and not force:
         raise ValueError(f"{output} exists; add --force to replace it")
+    if (file / RAM_FILE).is_file():
+        return _convert_tagger(file, output)
     adapter = read_adapter(file, method and method.value, stage)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(output, adapter, dtype and dtype.value)
     summary = "; ".join(f"{name}: {value}" for name, value in describe_adapter(adapter))
     out.print(f"{output}: {summary}", markup=False)
+
+
+def _convert_tagger(folder: Path, output: Path) -> None:
+    from .models.dape import load_tagger, write_tagger
+
+    tagger = load_tagger(folder)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_tagger(output, tagger)
+    out.print(f"{output}: {tagger.name}, {len(tagger.labels):,} tags, fp16", markup=False)
 
 
 def download(

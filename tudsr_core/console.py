@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import wraps
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .methods import METHODS
+
+if TYPE_CHECKING:
+    from .batch import Job
+    from .files import Picture
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
 MethodName = Enum("MethodName", {name: name for name in METHODS}, type=str)
+Device = Enum("Device", {name: name for name in ("auto", "cpu", "cuda", "mps")}, type=str)
+WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", "published")}, type=str)
+ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "none")}, type=str)
+Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, type=str)
+
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Precision of the networks.")]
 
 
 def complain(error: BaseException) -> None:
@@ -38,3 +53,36 @@ def one_line_errors(command):
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    open_one: Callable[[Job], tuple[Picture, list[str]]],
+    finish_one: Callable[[Job, Picture, Callable], Picture],
+    dry_run: bool = False,
+) -> int:
+    """Read, announce, compute and write every job; return how many failed, each with one line."""
+    failed = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    for job in jobs:
+        began = time.monotonic()
+        try:
+            picture, lines = open_one(job)
+            out.print(f"{job.source} -> {job.output}", *(f"  {line}" for line in lines), sep="\n", markup=False)
+            if dry_run:
+                continue
+            with Progress(*columns, console=err, transient=True) as bar:
+                task = bar.add_task(job.source.name, total=None)
+
+                def tick(done: int, total: int, preview: object, bar=bar, task=task) -> None:
+                    bar.update(task, completed=done, total=total)
+
+                result = finish_one(job, picture, tick)
+            height, width = result.size
+            seconds = time.monotonic() - began
+            rate = seconds / (height * width / 1e6)
+            out.print(f"  {width} x {height} written in {seconds:.1f} s ({rate:.1f} s per megapixel)", markup=False)
+        except (ValueError, MemoryError) as error:
+            failed += 1
+            complain(error)
+    return failed

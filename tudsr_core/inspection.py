@@ -7,6 +7,7 @@ from pathlib import Path
 from .adapters import Adapter, Patch
 from .checkpoints import MODEL_FORMAT, OWN_TITLE, identify, read_model
 from .known_files import known_file
+from .models.dape import TAGGER_FORMAT, load_tagger
 from .schedule import OneStep
 from .sd21 import TELLTALE, TEXT_PREFIXES, UNET_PREFIX, V_SPREAD, VAE_PREFIX
 from .tensor_files import CheckpointError, open_safetensors, stream
@@ -67,6 +68,8 @@ def _single(path: Path) -> Lines:
             model = read_model(path)
             steps = f"stage one: {_step(model.first_step)}; stage two: {_step(model.second.steps_for(2)[0])}"
             return [("kind", f"whole model {model.name!r}"), ("steps", steps), ("stage two", _patch(model.second.unet))]
+        if metadata.get("format") == TAGGER_FORMAT:
+            return [("kind", f"tagger of {len(load_tagger(path).labels):,} tags (RAM, DAPE)")]
         keys = list(file.keys())
     else:
         keys = [key for key, _ in stream(path)] if path.is_file() else []

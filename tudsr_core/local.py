@@ -7,21 +7,23 @@ never comes this way; its own models are wrapped in `nodes/`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, Patch
+from .adapters import Adapter, Patch, PatchSlot
 from .checkpoints import DTYPES, embedded_path, read_adapter, read_model
 from .models.invsr import build_predictor
 from .pipeline import Model, NoisePredictor, Predict, Stage
 from .plan import NetworkFacts, StageLimits
-from .sd21 import check_exists, read_base
+from .schedule import scaled_linear
+from .sd21 import PREDICTIONS, check_exists, read_base, read_prediction
 from .tensor_files import CheckpointError, some
+from .tiles import Tile
 from .vae_tiling import Doors, Place, TiledVAE, Tiling, draw
 
 log = logging.getLogger(__name__)
@@ -42,75 +44,19 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-class PatchSlot:
-    """A network whose weights can carry one `Patch` at a time.
-
-    Patches are merged into the weights; the originals of what was touched are kept, so that going
-    back is bit-exact and base weights exist once. With `keep` off nothing is kept: for a network
-    that will never carry another patch.
-    """
-
-    def __init__(self, network: nn.Module, name: str) -> None:
-        self.network, self.name = network, name
-        self.keep = True
-        self.active: Patch | None = None
-        self._originals: dict[str, Tensor] = {}
-
-    def check(self, patch: Patch, source: str) -> None:
-        """Raise CheckpointError that lists every change without a weight it fits."""
-        weights = dict(self.network.named_parameters())
-        homeless = [path for path in patch.lows if f"{path}.weight" not in weights]
-        homeless += [path for path in patch.weights if path not in weights]
-        if homeless:
-            raise CheckpointError(
-                f"adapter {source} changes what this {self.name} does not have: {some(homeless)}; it was made for "
-                "another base model"
-            )
-        wrong = [path for path, low in patch.lows.items() if not low.fits(weights[f"{path}.weight"])]
-        wrong += [path for path, value in patch.weights.items() if value.shape != weights[path].shape]
-        if wrong:
-            raise CheckpointError(
-                f"adapter {source} does not fit the shapes of this {self.name} at {some(wrong)}; it was made for "
-                "another base model"
-            )
-
-    @torch.no_grad()
-    def use(self, patch: Patch | None) -> None:
-        """Make `patch` the merged one; None or an empty patch restores the base weights."""
-        patch = patch or None
-        if patch is self.active:
-            return
-        if self.active and not self.keep:
-            raise RuntimeError(f"the base weights of this {self.name} were not kept, so its adapter cannot change")
-        weights = dict(self.network.named_parameters())
-        for path, original in self._originals.items():
-            weights[path].copy_(original)
-        self._originals.clear()
-        for path, value in (patch.weights if patch else {}).items():
-            self._keep(path, weights[path])
-            weights[path].copy_(value)
-        for path, low in (patch.lows if patch else {}).items():
-            weight = weights[f"{path}.weight"]
-            self._keep(f"{path}.weight", weight)
-            low = replace(low, down=low.down.to(weight.device), up=low.up.to(weight.device))
-            # Added in float32 and rounded once, as ComfyUI does it.
-            weight.copy_(weight.float() + low.delta(weight))
-        self.active = patch
-
-    def _keep(self, path: str, weight: Tensor) -> None:
-        if self.keep and path not in self._originals:
-            self._originals[path] = weight.detach().clone()
-
-
 @dataclass
 class Backbone:
-    """Weights shared by the stages: VAE, UNet, and the embedding of a text."""
+    """Weights shared by the stages: VAE, UNet, and `embed(*texts)`, `texts tokens width`.
+
+    `prediction` is what the UNet returns: "epsilon" or "v_prediction".
+    """
 
     vae: nn.Module
     unet: nn.Module
-    embed: Callable[[str], Tensor]
+    embed: Callable[..., Tensor]
     device: torch.device
     dtype: torch.dtype
+    prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
         for network in (self.vae, self.unet):
@@ -198,21 +144,39 @@ class LocalNetworks:
         return draw(moments, config.latent_channels, seed) * config.scaling_factor
 
     def denoise(
-        self, z: Tensor, t: int, condition: Tensor, part: tuple[int, ...], body: Callable[[Predict], Tensor]
+        self,
+        z: Tensor,
+        t: int,
+        condition: Tensor | list[Tensor],
+        part: tuple[int, ...],
+        body: Callable[[Predict], Tensor],
     ) -> Tensor:
-        """Return `body(predict)` with this stage's patch in the UNet."""
-        self.backbone.unet_slot.use(self.unet_patch)
-        return body(lambda parts, tiles: self._predict_all(parts, t, condition))
+        """Return `body(predict)` with this stage's patch in the UNet.
 
-    def _predict_all(self, z: Tensor, t: int, condition: Tensor) -> Tensor:
+        `condition` is one for all tiles, or a list with one for each, by `Tile.index`.
+        """
+        self.backbone.unet_slot.use(self.unet_patch)
+        return body(lambda parts, tiles: self._predict_all(parts, t, self._rows(condition, len(parts), tiles)))
+
+    def _rows(self, condition: Tensor | list[Tensor], count: int, tiles: Sequence[Tile]) -> Tensor:
+        if isinstance(condition, Tensor):
+            return condition.expand(count, -1, -1)
+        # The latents of one tile, of all pictures, lie next to each other.
+        return torch.cat([condition[tile.index] for tile in tiles]).repeat_interleave(count // len(tiles), 0)
+
+    def _predict_all(self, z: Tensor, t: int, text: Tensor) -> Tensor:
         # A CPU gains nothing from batching, and one tile at a time makes the bytes of a picture
         # independent of the tile batch.
-        parts = z.split(1) if self.backbone.device.type == "cpu" else (z,)
-        return torch.cat([self._predict(part, t, condition) for part in parts]).to(z.device)
+        size = 1 if self.backbone.device.type == "cpu" else len(z)
+        rows = zip(z.split(size), text.split(size), strict=True)
+        return torch.cat([self._predict(part, t, own) for part, own in rows]).to(z.device)
 
-    def _predict(self, z: Tensor, t: int, condition: Tensor) -> Tensor:
-        text = condition.expand(len(z), -1, -1)
-        return self.backbone.unet(self._in(z), t, encoder_hidden_states=text).sample.float()
+    def _predict(self, z: Tensor, t: int, text: Tensor) -> Tensor:
+        output = self.backbone.unet(self._in(z), t, encoder_hidden_states=text).sample.float()
+        if self.backbone.prediction == "epsilon":
+            return output
+        abar = scaled_linear().abar_at(t)
+        return abar**0.5 * output + (1 - abar) ** 0.5 * z.to(output)
 
     def decode(self, z: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W` for scaled latents, float32, on the CPU."""
@@ -221,6 +185,13 @@ class LocalNetworks:
     def condition(self, text: str) -> Tensor:
         """Return the embedding `1 tokens width` of `text`."""
         return self.backbone.embed(text).to(self.backbone.device, self.backbone.dtype)
+
+    def conditions(self, texts: Sequence[str]) -> list[Tensor]:
+        """Return the embedding `1 tokens width` of every text, loading the text encoder at most once."""
+        unique = list(dict.fromkeys(texts))
+        rows = self.backbone.embed(*unique).to(self.backbone.device, self.backbone.dtype).split(1)
+        known = dict(zip(unique, rows, strict=True))
+        return [known[text] for text in texts]
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` is the device's or the CPU allocator's "not enough memory"."""
@@ -239,7 +210,7 @@ def load_embedded(device: str = "auto", dtype: str = "fp32", path: Path | None =
     vae.load_state_dict(file.vae)
     unet.load_state_dict(file.unet)
     empty = torch.zeros(1, 1, unet.config.cross_attention_dim)
-    backbone = Backbone(vae, unet, lambda text: empty, pick_device(device), DTYPES[dtype])
+    backbone = Backbone(vae, unet, lambda *texts: empty.expand(len(texts), -1, -1), pick_device(device), DTYPES[dtype])
     first = Stage(LocalNetworks(backbone), (file.first_step,), "stage one")
     second = Stage(LocalNetworks(backbone, file.second.unet, name="stage two"), file.second.steps_for(2), "stage two")
     return Model(first, second, file.limits)
@@ -291,6 +262,17 @@ def load_sd21(
     backbone.unet_slot.keep = len(stages[0].branches) > 1
     largest = adapters[0].about.first_max
     return Model(stages[0], None, StageLimits(first_max=largest, single_up_to=largest))
+
+
+def load_sd2(base: Path, device: str = "auto", dtype: str = "fp32", tokenizer: Path | None = None) -> LocalNetworks:
+    """Return a Stable Diffusion model as it is, without adapters, from a folder or checkpoint file.
+
+    Folders of epsilon and of v prediction (SD2.1 at 768) are understood. `tokenizer` is CLIP's
+    folder, for prompts with a single file. Raises CheckpointError.
+    """
+    vae, unet, embed = read_base(base, DTYPES[dtype], tokenizer=tokenizer, predictions=PREDICTIONS)
+    backbone = Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype], read_prediction(base))
+    return LocalNetworks(backbone)
 
 
 def _adapted_stage(backbone: Backbone, adapter: Adapter, options: AdapterOptions) -> Stage:

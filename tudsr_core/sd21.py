@@ -51,7 +51,9 @@ UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 TELLTALE = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_SPREAD = 0.09
 
-Embed = Callable[[str], Tensor]
+PREDICTIONS = ("epsilon", "v_prediction")
+
+Embed = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,23 @@ def read_base(
     dtype: torch.dtype = torch.float32,
     architecture: Architecture | None = None,
     tokenizer: Path | None = None,
+    predictions: tuple[str, ...] = ("epsilon",),
 ) -> tuple[nn.Module, nn.Module, Embed]:
     """Return `(vae, unet, embed)` of a diffusers folder or a `.safetensors` / `.ckpt` file, in `dtype`.
 
-    `embed(text)` gives `1 77 width`, the text tower's last hidden state after its final LayerNorm,
+    `embed(*texts)` gives `texts 77 width`, the text tower's last hidden state after its final LayerNorm,
     and needs `transformers`; for a single file, texts other than "" need `tokenizer`, a folder with
-    CLIP's vocab.json and merges.txt. Raises CheckpointError.
+    CLIP's vocab.json and merges.txt. Raises CheckpointError, also for a folder whose UNet predicts
+    something else than `predictions`.
     """
     check_exists(path)
     if path.is_dir():
+        kind = read_prediction(path)
+        if kind not in predictions:
+            raise CheckpointError(
+                f"{path} predicts {kind}, but one-step adapters need an epsilon model; "
+                "use SD2.1-base (512), not SD2.1 (768)"
+            )
         return _read_folder(path, dtype)
     return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
 
@@ -96,7 +106,6 @@ def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, 
     for part in ("vae", "unet", "text_encoder", "tokenizer"):
         if not (path / part).is_dir():
             raise CheckpointError(f"{path} is not a diffusers folder of Stable Diffusion: {part}/ is missing")
-    _check_prediction(path)
     networks = []
     for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
         weights = _copied(_folder_weights(path / part), dtype)
@@ -155,14 +164,10 @@ def _fill(path: Path, name: str, kind: type, config: dict, weights: dict[str, Te
     return network
 
 
-def _check_prediction(path: Path) -> None:
+def read_prediction(path: Path) -> str:
+    """Return what the UNet of a base model predicts, "epsilon" unless its folder says otherwise."""
     file = path / "scheduler" / "scheduler_config.json"
-    kind = _read_json(file).get("prediction_type", "epsilon") if file.is_file() else "epsilon"
-    if kind != "epsilon":
-        raise CheckpointError(
-            f"{path} predicts {kind}, but one-step adapters need an epsilon model; "
-            "use SD2.1-base (512), not SD2.1 (768)"
-        )
+    return _read_json(file).get("prediction_type", "epsilon") if file.is_file() else "epsilon"
 
 
 def _read_single_file(
@@ -255,14 +260,17 @@ def _transformers():
 
 
 def _embedder(load_text: Callable[[], tuple[nn.Module, Callable[[str], Tensor]]]) -> Embed:
-    """Return `embed(text)` that loads the text tower for new texts, remembers results, and frees the tower."""
+    """Return `embed(*texts)` that remembers results, and holds the text tower only while it computes new ones."""
     known: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def embed(words: str) -> Tensor:
-        if words not in known:
+    def embed(*texts: str) -> Tensor:
+        new = [words for words in dict.fromkeys(texts) if words not in known]
+        if new:
             text, tokens = load_text()
-            known[words] = text.eval()(tokens(words))[0].clone()
-        return known[words]
+            text.eval()
+            for words in new:
+                known[words] = text(tokens(words))[0].clone()
+        return torch.cat([known[words] for words in texts])
 
     return embed

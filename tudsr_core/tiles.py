@@ -59,6 +59,26 @@ class TilePlan:
         for index, (top, left) in enumerate(boxes):
             yield Tile(index, top, left, self.tile_height, self.tile_width)
 
+    def region(self, tile: Tile, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return `top, bottom, left, right` of `tile` in a picture of `size` (height, width) that shows the same.
+
+        The borders are scaled and rounded outward, so the region holds all of the tile and less
+        than one pixel more on each side.
+        """
+        (height, width), end_y, end_x = size, tile.top + tile.height, tile.left + tile.width
+        return (
+            tile.top * height // self.height,
+            -(-end_y * height // self.height),
+            tile.left * width // self.width,
+            -(-end_x * width // self.width),
+        )
+
+    def nearest(self, tile: Tile, plan: TilePlan) -> int:
+        """Return the index of this plan's tile that shares most with `tile` of another `plan` of the same picture."""
+        row = _most_shared(self.tops, self.tile_height, self.height, tile.top, tile.height, plan.height)
+        column = _most_shared(self.lefts, self.tile_width, self.width, tile.left, tile.width, plan.width)
+        return row * len(self.lefts) + column
+
     def batches(self, size: int) -> Iterator[list[Tile]]:
         """Yield the tiles in reading order, at most `size` at a time."""
         tiles = list(self)
@@ -113,6 +133,18 @@ def plan_tiles(
         _offsets(length, side, overlap, multiple, spacing) for length, side in zip((height, width), sides, strict=True)
     )
     return TilePlan(height, width, *sides, overlap, tops, lefts)
+
+
+def _most_shared(offsets: tuple[int, ...], side: int, length: int, start: int, other: int, other_length: int) -> int:
+    """Return which of `offsets` shares most with `start .. start + other`; ties go to the closer middle."""
+
+    def rank(index: int) -> tuple[int, int, int]:
+        # Both axes are brought to length * other_length, which keeps the comparison exact.
+        a0, a1 = offsets[index] * other_length, (offsets[index] + side) * other_length
+        b0, b1 = start * length, (start + other) * length
+        return min(a1, b1) - max(a0, b0), -abs(a0 + a1 - b0 - b1), -index
+
+    return max(range(len(offsets)), key=rank)
 
 
 def _offsets(length: int, tile: int, overlap: int, multiple: int, spacing: Spacing) -> tuple[int, ...]:
