@@ -110,7 +110,8 @@ def test_cut_tiles_are_those_regions():
         assert cut[1, 0].tolist() == list(range(left, right))
     wider = cut_tiles(image, plan, 0.5)
     assert all(b.shape[1] > a.shape[1] for a, b in zip(cut_tiles(image, plan), wider, strict=True))
-    assert [tuple(cut.shape) for cut in wider[:1]] == [(3, 27 + 14, 30 + 15)]
+    assert tuple(wider[0].shape) == (3, 27 + 2 * 14, 30 + 2 * 15)
+    assert wider[-1][0, -1, 0] == 60 and wider[-1][1, 0, -1] == 92
 
 
 @pytest.mark.parametrize(

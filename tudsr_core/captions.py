@@ -90,6 +90,6 @@ class CaptionPrompter:
         return content_key("caption", str(self.folder), self.task, *facts)
 
     def release(self) -> None:
-        """Move the model to the CPU."""
-        if self.model is not None:
+        """Move the model to the CPU, unless its host places it."""
+        if self.model is not None and not self.place:
             self.model.to("cpu")
