@@ -43,7 +43,7 @@ def test_the_budget_shortens_the_description_and_never_the_quality_words():
 def test_the_estimate_counts_words_and_marks():
     assert estimate_fits(", ".join(["dog"] * 37))
     assert not estimate_fits(", ".join(["dog"] * 39))
-    assert not estimate_fits(", ".join(["incomprehensibility"] * 20))
+    assert not estimate_fits(", ".join(["incomprehensibility"] * 16))
 
 
 def test_a_prompt_per_tile_is_demanded():

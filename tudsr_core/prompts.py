@@ -178,11 +178,11 @@ def unique(words: Sequence[str]) -> list[str]:
 def estimate_fits(text: str) -> bool:
     """Estimate whether `text` is within CLIP's 77 tokens; a tokenizer knows it exactly.
 
-    One token per punctuation mark and one per started eight letters, which is above what CLIP's
-    vocabulary needs for common words.
+    One token per punctuation mark and one per started six letters, which over a whole prompt is
+    more than CLIP's vocabulary needs for common words.
     """
     pieces = re.findall(r"[^\W_]+|[^\w\s]|_", text)
-    return sum(1 + (len(piece) - 1) // 8 for piece in pieces) <= TOKENS
+    return sum(1 + (len(piece) - 1) // 6 for piece in pieces) <= TOKENS
 
 
 def picture_mark(image: Tensor) -> str:
