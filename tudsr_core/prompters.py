@@ -43,8 +43,8 @@ def prompts_from_strings(values: Any, count: int) -> list[TilePrompt]:
     A single text is used for all tiles. Raises ValueError if the number of texts is neither 1 nor `count`.
     """
     texts = list(_flatten(values))
-    if len(texts) == 1 and len(lines := texts[0].strip("\n").split("\n")) == count:
-        texts = lines
+    if len(texts) == 1:
+        texts = texts[0].strip("\n").split("\n")
     if len(texts) == 1:
         texts *= count
     if len(texts) != count:
