@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +152,15 @@ def test_the_pictures_mark_survives_resizing_and_tells_pictures_apart():
     other = image.flip(-1)
     bits = [int(picture_mark(one), 16) for one in (image, small, other)]
     assert (bits[0] ^ bits[1]).bit_count() <= 2 < 16 <= (bits[0] ^ bits[2]).bit_count()
+
+
+def test_the_help_pages_call_counts_are_right():
+    page = Path(__file__).parent.parent / "nodes" / "web" / "docs" / "TUDSRTilePlan.md"
+    rows = re.findall(r"^\| (\d+) x \d+ \| .* = (\d+) \| ([\d,]+) \| (\d+) tiles, ([\d,]+) \|$", page.read_text(), re.M)
+    assert len(rows) == 3
+    for side, *numbers in rows:
+        counts = []
+        for overlap in (32, 16):
+            tiles = len(plan_tiles(int(side) // 8, int(side) // 8, 64, overlap))
+            counts += [tiles, tiles * 50]
+        assert [int(number.replace(",", "")) for number in numbers] == counts

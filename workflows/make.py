@@ -1,4 +1,6 @@
-"""Make the templates of this folder from their API forms: `python workflows/make.py` (needs ComfyUI and Chromium).
+"""Make the templates of this folder from their API forms: `python workflows/make.py [NAME ...]`.
+
+Needs ComfyUI and Chromium; without names, all are made.
 
 Each `api/NAME.json` is opened in a real browser, laid out in columns, given its note and model
 links, saved as `NAME.json`, run where its models are at hand, and photographed as `NAME.jpg`.
@@ -21,10 +23,18 @@ from browser import fit, load_graph, open_page, run_graph, shoot
 from comfyui import Server, find
 from PIL import Image
 
-SD21 = {
-    "name": "v2-1_512-ema-pruned.safetensors",
-    "url": "https://huggingface.co/stabilityai/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
-    "directory": "checkpoints",
+HUB = "https://huggingface.co"
+MODELS = {
+    "CheckpointLoaderSimple": {
+        "name": "v2-1_512-ema-pruned.safetensors",
+        "url": f"{HUB}/stabilityai/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
+        "directory": "checkpoints",
+    },
+    "CLIPVisionLoader": {
+        "name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+        "url": f"{HUB}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
+        "directory": "clip_vision",
+    },
 }
 NOTES = {
     "01-embedded-x8": """## Upscale x8 with the embedded model
@@ -58,8 +68,31 @@ One-Step Sigmas and One-Step Latent let **SamplerCustom** do what *TUDSR Stage O
 euler, one step, no added noise, cfg 1.
 
 Useful when you want your own sampler or wrappers in the path.""",
+    "06-tile-prompts": """## A prompt per tile
+Every tile is sampled with words for what **it** shows, so guidance does not paint the main
+object into the background.
+
+1. **Tile Plan** says how many calls a run costs: select it and press its play button first.
+2. **Extract Tile Prompts**: point at a tile to read it, click to change it.
+3. **denoise** 0.3 keeps, 0.6 invents.
+
+Needs SD2.1-base in `models/checkpoints` and CLIP-ViT-H-14 in `models/clip_vision`.""",
+    "07-zoomed-in-diffused-out": """## Zoomed In, Diffused Out
+SD2.x, a **tile ControlNet**, a prompt per tile, CFG 5.5, 50 DDPM steps (t = 981 ... 1) from the
+noised low-resolution latent, on the **stock KSampler**: the conditions hold one area per tile.
+
+- to 2K: 49 tiles, 2,450 calls; 4K: 225, 11,250; 8K: 961, 48,050
+- without a ControlNet: remove it and lower **denoise** to 0.4
+- large pictures: let *MultiDiffusion (Tiled)* take the tile prompts (template 06); its memory is fixed
+
+Choose any ControlNet for your checkpoint that takes the picture itself as hint.""",
 }
-STAND_IN_ONLY = ("02-sd21-two-stage", "04-multidiffusion-ksampler")
+STAND_IN_ONLY = (
+    "02-sd21-two-stage",
+    "04-multidiffusion-ksampler",
+    "06-tile-prompts",
+    "07-zoomed-in-diffused-out",
+)
 
 
 def lay_out(workflow: dict, api: dict) -> None:
@@ -107,8 +140,8 @@ def make(page, name: str) -> None:
     workflow = json.loads(text)
     lay_out(workflow, api)
     for node in workflow["nodes"]:
-        if node["type"] == "CheckpointLoaderSimple":
-            node.setdefault("properties", {})["models"] = [SD21]
+        if node["type"] in MODELS:
+            node.setdefault("properties", {})["models"] = [MODELS[node["type"]]]
     add_note(workflow, NOTES[name])
     for node in workflow["nodes"]:
         values = node.get("widgets_values") or []
@@ -144,6 +177,8 @@ def main() -> None:
     server.put_image("example.png", np.array(Image.open(example).convert("RGB")))
     try:
         for path in sorted((HERE / "api").glob("*.json")):
+            if sys.argv[1:] and path.stem not in sys.argv[1:]:
+                continue
             with open_page(server.url, 2400, 1400) as page:
                 make(page, path.stem)
     finally:
