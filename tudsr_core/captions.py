@@ -49,6 +49,7 @@ class CaptionPrompter:
         name = {BLIP: "BlipForConditionalGeneration", FLORENCE: "Florence2ForConditionalGeneration"}[self.kind]
         if not hasattr(transformers, name):
             raise ValueError(f"transformers {transformers.__version__} has no {name}; update it")
+        transformers.utils.logging.disable_progress_bar()
         safe = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(self.folder, **safe)
