@@ -12,13 +12,15 @@ CORE = ROOT / "tudsr_core"
 RANKS = [
     {"files", "image", "schedule", "tiles"},
     {"color", "metrics", "plan", "prompts", "vae_tiling", "filter_bank"},
-    {"checkpoints", "edits", "pipeline", "prompters"},
-    {"captions"},
+    {"models.swin", "checkpoints", "edits", "pipeline", "prompters"},
+    {"models.ram", "sampling", "captions"},
+    {"models.dape", "zoom"},
     {"sd21", "batch"},
     {"local"},
     {"training.data", "training.degradations", "training.identity"},
     {"evaluation", "training.embedded", "training.bank"},
     {"cli"},
+    {"cli_zoom"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

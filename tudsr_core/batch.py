@@ -5,13 +5,16 @@ The command line and (later) the folder node call this; it only combines `files`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .files import FORMATS, Picture, PictureError, check_output, read_picture, write_picture
+from .image import split_alpha
 from .pipeline import Model, Tick, UpscaleOptions, plan_for, upscale
-from .plan import Target
+from .plan import NetworkFacts, Size, Target, UpscalePlan
+from .sampling import TextNetworks
+from .zoom import PromptSource, ZoomOptions, ZoomPlan, plan_zoom, write_prompts, zoom
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,13 @@ class Output:
     bits: int | None = None
     quality: int = 95
     overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ZoomOutput(Output):
+    """The same for a zoom; `prompts` writes every tile's prompts beside it, before the long part begins."""
+
+    prompts: bool = False
 
 
 def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None = None) -> list[Job]:
@@ -78,9 +88,34 @@ def open_job(
     Nothing is written; `dry_run` leaves out the check of the output. Raises PictureError or
     ValueError with one line that says what to change.
     """
+    return _open(job, lambda size: plan_for(model, size, target, options), output, dry_run)
+
+
+def open_zoom(
+    job: Job,
+    facts: NetworkFacts,
+    target: Target,
+    options: ZoomOptions,
+    output: ZoomOutput,
+    dry_run: bool = False,
+) -> tuple[Picture, list[str]]:
+    """Do what `open_job` does for "Zoomed In, Diffused Out"."""
+    if output.prompts and not dry_run and prompts_path(job).exists() and not output.overwrite:
+        raise PictureError(f"{prompts_path(job)} already exists; use --force to replace it")
+    return _open(job, lambda size: plan_zoom(size, target, facts, options), output, dry_run)
+
+
+def prompts_path(job: Job) -> Path:
+    """Return where the tile prompts of a job are written."""
+    return job.output.with_suffix(".prompts.json")
+
+
+def _open(
+    job: Job, plan_for_size: Callable[[Size], UpscalePlan | ZoomPlan], output: Output, dry_run: bool
+) -> tuple[Picture, list[str]]:
     picture = read_picture(job.source)
     try:
-        plan = plan_for(model, picture.size, target, options)
+        plan = plan_for_size(picture.size)
     except ValueError as error:
         raise PictureError(f"{job.source}: {error}") from error
     bits = output.bits or picture.bits
@@ -99,7 +134,30 @@ def finish_job(
     tick: Tick | None = None,
 ) -> Picture:
     """Upscale `picture` and write it to `job.output`; returns what was written."""
-    pixels = upscale(picture.pixels, model, target, options, tick)
-    result = replace(picture, pixels=pixels)
+    return _write(job, replace(picture, pixels=upscale(picture.pixels, model, target, options, tick)), output)
+
+
+def finish_zoom(
+    job: Job,
+    picture: Picture,
+    networks: TextNetworks,
+    target: Target,
+    options: ZoomOptions,
+    source: PromptSource,
+    output: ZoomOutput,
+    tick: Tick | None = None,
+) -> Picture:
+    """Describe the tiles of `picture`, zoom it and write it to `job.output`.
+
+    `tick` counts the tiles described, then starts again for the sampling. Returns what was written.
+    """
+    plan = plan_zoom(picture.size, target, networks.facts, options)
+    prompts = source(split_alpha(picture.pixels)[0], plan, tick)
+    if output.prompts:
+        write_prompts(prompts_path(job), prompts)
+    return _write(job, replace(picture, pixels=zoom(picture.pixels, networks, plan, prompts, tick)), output)
+
+
+def _write(job: Job, result: Picture, output: Output) -> Picture:
     write_picture(job.output, result, overwrite=output.overwrite, quality=output.quality)
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -246,11 +247,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         return _read_safetensors(path)[0]
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; check the path")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, because files with an optimizer's state are several times what is needed of them.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read safely ({reason}); use its .safetensors version") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds no table of tensors; it is another kind of file")
     return loaded.get("state_dict", loaded)
 
 

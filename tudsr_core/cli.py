@@ -49,7 +49,7 @@ def _complain(error: BaseException) -> None:
     err.print(f"error: {text}", style="red", markup=False)
 
 
-def _one_line_errors(command):
+def one_line_errors(command):
     """Wrap a command so that expected failures and Ctrl-C end it with one line and an exit code."""
 
     @wraps(command)
@@ -67,7 +67,7 @@ def _one_line_errors(command):
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def upscale(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")],
@@ -94,7 +94,7 @@ def upscale(
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
 ) -> None:
     """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
-    from .batch import Output, plan_jobs
+    from .batch import Output, finish_job, open_job, plan_jobs
     from .pipeline import UpscaleOptions
     from .plan import Target
 
@@ -117,7 +117,13 @@ def upscale(
     networks = _load(model, stage_one, stage_two, device, dtype)
     if not dry_run and jobs[0].output.parent == output:
         output.mkdir(parents=True, exist_ok=True)
-    failed = _run(jobs, networks, target, options, Output(bits, quality, force), dry_run)
+    written = Output(bits, quality, force)
+    failed = run_jobs(
+        jobs,
+        lambda job: open_job(job, networks, target, options, written, dry_run),
+        lambda job, picture, tick: finish_job(job, picture, networks, target, options, written, tick),
+        dry_run,
+    )
     if failed:
         raise typer.Exit(1)
 
@@ -137,15 +143,14 @@ def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: De
     return load_embedded(device.value, dtype.value, path)
 
 
-def _run(jobs, model, target, options, output, dry_run: bool) -> int:
-    from .batch import finish_job, open_job
-
+def run_jobs(jobs, open_one, finish_one, dry_run: bool = False) -> int:
+    """Read, show, compute and write every job; return how many failed."""
     failed = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     for job in jobs:
         began = time.monotonic()
         try:
-            picture, lines = open_job(job, model, target, options, output, dry_run)
+            picture, lines = open_one(job)
             out.print(f"{job.source} -> {job.output}", *(f"  {line}" for line in lines), sep="\n", markup=False)
             if dry_run:
                 continue
@@ -155,7 +160,7 @@ def _run(jobs, model, target, options, output, dry_run: bool) -> int:
                 def tick(done: int, total: int, preview: object, bar=bar, task=task) -> None:
                     bar.update(task, completed=done, total=total)
 
-                result = finish_job(job, picture, model, target, options, output, tick)
+                result = finish_one(job, picture, tick)
             height, width = result.size
             seconds = time.monotonic() - began
             rate = seconds / (height * width / 1e6)
@@ -167,7 +172,7 @@ def _run(jobs, model, target, options, output, dry_run: bool) -> int:
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the two pictures.")] = Path("out"),
     device: DeviceOption = Device.auto,
@@ -175,7 +180,7 @@ def demo(
     """Upscale the shipped photo x8 and write it with a comparison (nearest, bicubic, ours)."""
     from dataclasses import replace
 
-    from .batch import Job, Output
+    from .batch import Job, Output, finish_job, open_job
     from .evaluation import compare, example_path
     from .files import read_picture, write_picture
     from .pipeline import UpscaleOptions
@@ -184,7 +189,10 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     job = Job(example_path(), output / "demo-x8.png")
     networks = _load("embedded", None, None, device, Precision.fp32)
-    if _run([job], networks, Target(scale=8), UpscaleOptions(), Output(overwrite=True), dry_run=False):
+    run = networks, Target(scale=8), UpscaleOptions(), Output(overwrite=True)
+    if run_jobs(
+        [job], lambda job: open_job(job, *run), lambda job, picture, tick: finish_job(job, picture, *run, tick)
+    ):
         raise typer.Exit(1)
     small, ours = read_picture(job.source), read_picture(job.output)
     panels = output / "demo-compare.png"
@@ -193,7 +201,7 @@ def demo(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def info() -> None:
     """Show versions, devices and the models found."""
     import torch
@@ -222,7 +230,7 @@ def info() -> None:
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def evaluate(
     folder: Annotated[
         Path | None, typer.Argument(help="Sharp pictures; default: the five public test pictures.")

@@ -7,7 +7,7 @@ stage adapters. ComfyUI never comes this way; its own models are wrapped in `nod
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,8 @@ from .checkpoints import (
 )
 from .pipeline import Model, Predict, Stage
 from .plan import NetworkFacts, StageLimits
-from .schedule import from_noise_level
+from .schedule import from_noise_level, scaled_linear
+from .tiles import Tile
 from .vae_tiling import TILE_PX, Reach, count_tiles, find_reaches, run_tiled
 
 log = logging.getLogger(__name__)
@@ -89,13 +90,17 @@ class LoraSlot:
 
 @dataclass
 class Backbone:
-    """Weights shared by the stages: VAE, UNet, and the embedding of a text."""
+    """Weights shared by the stages: VAE, UNet, and `embed(*texts)`, `texts tokens width`.
+
+    `prediction` is what the UNet returns: "epsilon" or "v_prediction".
+    """
 
     vae: nn.Module
     unet: nn.Module
-    embed: Callable[[str], Tensor]
+    embed: Callable[..., Tensor]
     device: torch.device
     dtype: torch.dtype
+    prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
         for network in (self.vae, self.unet):
@@ -182,21 +187,39 @@ class LocalNetworks:
         return mean * self.backbone.vae.config.scaling_factor
 
     def denoise(
-        self, z: Tensor, t: int, condition: Tensor, part: tuple[int, ...], body: Callable[[Predict], Tensor]
+        self,
+        z: Tensor,
+        t: int,
+        condition: Tensor | list[Tensor],
+        part: tuple[int, ...],
+        body: Callable[[Predict], Tensor],
     ) -> Tensor:
-        """Return `body(predict)` with this stage's updates in the UNet."""
-        self.backbone.unet_slot.use(self.unet_updates)
-        return body(lambda parts, tiles: self._predict_all(parts, t, condition))
+        """Return `body(predict)` with this stage's updates in the UNet.
 
-    def _predict_all(self, z: Tensor, t: int, condition: Tensor) -> Tensor:
+        `condition` is one for all tiles, or a list with one for each, by `Tile.index`.
+        """
+        self.backbone.unet_slot.use(self.unet_updates)
+        return body(lambda parts, tiles: self._predict_all(parts, t, self._rows(condition, len(parts), tiles)))
+
+    def _rows(self, condition: Tensor | list[Tensor], count: int, tiles: Sequence[Tile]) -> Tensor:
+        if isinstance(condition, Tensor):
+            return condition.expand(count, -1, -1)
+        # The latents of one tile, of all pictures, lie next to each other.
+        return torch.cat([condition[tile.index] for tile in tiles]).repeat_interleave(count // len(tiles), 0)
+
+    def _predict_all(self, z: Tensor, t: int, text: Tensor) -> Tensor:
         # A CPU gains nothing from batching, and one tile at a time makes the bytes of a picture
         # independent of the tile batch.
-        parts = z.split(1) if self.backbone.device.type == "cpu" else (z,)
-        return torch.cat([self._predict(part, t, condition) for part in parts]).to(z.device)
+        size = 1 if self.backbone.device.type == "cpu" else len(z)
+        rows = zip(z.split(size), text.split(size), strict=True)
+        return torch.cat([self._predict(part, t, own) for part, own in rows]).to(z.device)
 
-    def _predict(self, z: Tensor, t: int, condition: Tensor) -> Tensor:
-        text = condition.expand(len(z), -1, -1)
-        return self.backbone.unet(self._in(z), t, encoder_hidden_states=text).sample.float()
+    def _predict(self, z: Tensor, t: int, text: Tensor) -> Tensor:
+        output = self.backbone.unet(self._in(z), t, encoder_hidden_states=text).sample.float()
+        if self.backbone.prediction == "epsilon":
+            return output
+        abar = scaled_linear().abar_at(t)
+        return abar**0.5 * output + (1 - abar) ** 0.5 * z.to(output)
 
     def decode(self, z: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W` for scaled latents, float32, on the CPU."""
@@ -210,6 +233,13 @@ class LocalNetworks:
     def condition(self, text: str) -> Tensor:
         """Return the embedding `1 tokens width` of `text`."""
         return self.backbone.embed(text).to(self.backbone.device, self.backbone.dtype)
+
+    def conditions(self, texts: Sequence[str]) -> list[Tensor]:
+        """Return the embedding `1 tokens width` of every text, loading the text encoder at most once."""
+        unique = list(dict.fromkeys(texts))
+        rows = self.backbone.embed(*unique).to(self.backbone.device, self.backbone.dtype).split(1)
+        known = dict(zip(unique, rows, strict=True))
+        return [known[text] for text in texts]
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` is the device's or the CPU allocator's "not enough memory"."""
@@ -232,7 +262,7 @@ def load_embedded(device: str = "auto", dtype: str = "fp32", path: Path | None =
     vae.load_state_dict(file.vae)
     unet.load_state_dict(file.unet)
     empty = torch.zeros(1, 1, unet.config.cross_attention_dim)
-    backbone = Backbone(vae, unet, lambda text: empty, pick_device(device), DTYPES[dtype])
+    backbone = Backbone(vae, unet, lambda *texts: empty.expand(len(texts), -1, -1), pick_device(device), DTYPES[dtype])
     first = Stage(LocalNetworks(backbone), file.first_step, "stage one")
     second = Stage(LocalNetworks(backbone, file.second), file.second.step, "stage two")
     return Model(first, second, file.limits)
@@ -259,6 +289,17 @@ def load_sd21(
     if stage_two is None:
         return Model(first, None, StageLimits(single_up_to=StageLimits().first_max))
     return Model(first, _adapted_stage(backbone, stage_two, 2, timesteps[1]), StageLimits())
+
+
+def load_sd2(base: Path, device: str = "auto", dtype: str = "fp32") -> LocalNetworks:
+    """Return a Stable Diffusion model as it is, without adapters, from a folder or checkpoint file.
+
+    Epsilon and v prediction (SD2.1 at 768) are both understood. Raises CheckpointError.
+    """
+    from .sd21 import PREDICTIONS, read_base, read_prediction
+
+    vae, unet, embed = read_base(base, predictions=PREDICTIONS)
+    return LocalNetworks(Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype], read_prediction(base)))
 
 
 def _adapted_stage(backbone: Backbone, path: Path, number: int, timestep: int) -> Stage:

@@ -138,10 +138,10 @@ def upscale(
     Raises ValueError for wrong shapes, non-finite pixels, or a target that cannot be planned.
     """
     options = options or UpscaleOptions()
-    _check_image(image)
+    check_image(image)
     color, alpha = split_alpha(image.float())
     plan = plan_for(model, tuple(color.shape[-2:]), target, options)
-    progress = _Progress(tick, count_ticks(model, plan, len(color)))
+    progress = Progress(tick, count_ticks(model, plan, len(color)))
     pictures = list(color.split(1))
     for stage, part in zip(model.stages(len(plan.stages)), plan.stages, strict=True):
         options, pictures = _run_stage(pictures, stage, part, options, progress)
@@ -152,7 +152,8 @@ def upscale(
     return join_alpha(matched[0] if len(matched) == 1 else torch.cat(matched), alpha)
 
 
-def _check_image(image: Tensor) -> None:
+def check_image(image: Tensor) -> None:
+    """Raise ValueError unless `image` is a finite, non-empty `B 3 H W` or `B 4 H W`."""
     if image.ndim != 4 or image.shape[1] not in (3, 4):
         raise ValueError(f"expected a picture of B 3 H W or B 4 H W, got shape {tuple(image.shape)}")
     if 0 in image.shape:
@@ -161,7 +162,9 @@ def _check_image(image: Tensor) -> None:
         raise ValueError("the picture contains NaN or infinite values; repair or re-export it")
 
 
-class _Progress:
+class Progress:
+    """Counts tiles towards a known total and tells `tick`."""
+
     def __init__(self, tick: Tick | None, total: int) -> None:
         self.tick, self.done, self.total = tick, 0, total
 
@@ -170,13 +173,14 @@ class _Progress:
         self.done, self.total = done, self.total + extra
 
     def advance(self, preview: Preview | None = None) -> None:
+        """Count one tile."""
         self.done += 1
         if self.tick:
             self.tick(self.done, self.total, preview)
 
 
 def _run_stage(
-    pictures: Sequence[Tensor], stage: Stage, part: StagePlan, options: UpscaleOptions, progress: _Progress
+    pictures: Sequence[Tensor], stage: Stage, part: StagePlan, options: UpscaleOptions, progress: Progress
 ) -> tuple[UpscaleOptions, list[Tensor]]:
     """Run one stage over all pictures; the options come back with the tile that fitted."""
     results = []
@@ -202,7 +206,7 @@ def _run_stage(
 
 
 def _restore_or_none(
-    z: Tensor, stage: Stage, tiles: TilePlan, options: UpscaleOptions, progress: _Progress
+    z: Tensor, stage: Stage, tiles: TilePlan, options: UpscaleOptions, progress: Progress
 ) -> Tensor | None:
     # None means out of memory. The except block must end before anything is tried again: the
     # traceback keeps the tensors of the failed call alive.

@@ -6,6 +6,7 @@ look-up is not an option. Adapters and stages are not here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoints import CheckpointError, read_tensors
 
+PREDICTIONS = ("epsilon", "v_prediction")
 TOKENS, START, END, PAD = 77, 49406, 49407, 0
 
 UNET_CONFIG = {
@@ -52,15 +54,22 @@ class Architecture:
 
 
 def read_base(
-    path: Path, architecture: Architecture | None = None
-) -> tuple[nn.Module, nn.Module, Callable[[str], Tensor]]:
+    path: Path, architecture: Architecture | None = None, predictions: tuple[str, ...] = ("epsilon",)
+) -> tuple[nn.Module, nn.Module, Callable[..., Tensor]]:
     """Return `(vae, unet, embed)` of an SD2.1-base folder or `.safetensors` / `.ckpt` file.
 
-    `embed(text)` gives `1 77 width`, the text tower's last hidden state after its final LayerNorm,
-    and needs `transformers`. Raises CheckpointError.
+    `embed(*texts)` gives `texts 77 width`, the text tower's last hidden state after its final
+    LayerNorm, and needs `transformers`. Raises CheckpointError, also when the folder's UNet
+    predicts something else than `predictions`.
     """
     path = Path(path)
     if path.is_dir():
+        kind = read_prediction(path)
+        if kind not in predictions:
+            raise CheckpointError(
+                f"{path} predicts {kind}, but one-step adapters need an epsilon model; "
+                "use SD2.1-base (512), not SD2.1 (768)"
+            )
         return _read_folder(path)
     if not path.is_file():
         raise CheckpointError(
@@ -70,7 +79,7 @@ def read_base(
     return _read_single_file(path, architecture or Architecture())
 
 
-def _read_folder(path: Path) -> tuple[nn.Module, nn.Module, Callable[[str], Tensor]]:
+def _read_folder(path: Path) -> tuple[nn.Module, nn.Module, Callable[..., Tensor]]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     for part in ("vae", "unet", "text_encoder", "tokenizer"):
@@ -81,7 +90,6 @@ def _read_folder(path: Path) -> tuple[nn.Module, nn.Module, Callable[[str], Tens
         unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be loaded as Stable Diffusion: {error}") from error
-    _check_prediction(path)
 
     def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
         transformers = _transformers()
@@ -97,19 +105,16 @@ def _read_folder(path: Path) -> tuple[nn.Module, nn.Module, Callable[[str], Tens
     return vae, unet, _embedder(load_text)
 
 
-def _check_prediction(path: Path) -> None:
-    import json
-
+def read_prediction(path: Path) -> str:
+    """Return what the UNet of a base model predicts, "epsilon" unless its folder says otherwise."""
     file = path / "scheduler" / "scheduler_config.json"
-    kind = json.loads(file.read_text()).get("prediction_type", "epsilon") if file.is_file() else "epsilon"
-    if kind != "epsilon":
-        raise CheckpointError(
-            f"{path} predicts {kind}, but one-step adapters need an epsilon model; "
-            "use SD2.1-base (512), not SD2.1 (768)"
-        )
+    try:
+        return json.loads(file.read_text()).get("prediction_type", "epsilon") if file.is_file() else "epsilon"
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def _read_single_file(path: Path, architecture: Architecture) -> tuple[nn.Module, nn.Module, Callable[[str], Tensor]]:
+def _read_single_file(path: Path, architecture: Architecture) -> tuple[nn.Module, nn.Module, Callable[..., Tensor]]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as convert
 
@@ -161,15 +166,18 @@ def _transformers():
     return transformers
 
 
-def _embedder(load_text: Callable[[], tuple[nn.Module, Callable[[str], Tensor]]]) -> Callable[[str], Tensor]:
-    """Return `embed(text)` that loads the text tower once, remembers results, and frees the tower."""
+def _embedder(load_text: Callable[[], tuple[nn.Module, Callable[[str], Tensor]]]) -> Callable[..., Tensor]:
+    """Return `embed(*texts)` that remembers results, and holds the text tower only while it computes new ones."""
     known: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def embed(words: str) -> Tensor:
-        if words not in known:
+    def embed(*texts: str) -> Tensor:
+        new = [words for words in dict.fromkeys(texts) if words not in known]
+        if new:
             text, tokens = load_text()
-            known[words] = text.eval()(tokens(words))[0].clone()
-        return known[words]
+            text.eval()
+            for words in new:
+                known[words] = text(tokens(words))[0].clone()
+        return torch.cat([known[words] for words in texts])
 
     return embed

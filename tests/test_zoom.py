@@ -1,0 +1,240 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import IdentityNetworks
+from PIL import Image
+from test_cli import size, tudsr
+from test_dape import published  # noqa: F401 - a fixture
+from test_dape import read as read_small
+from test_local import small_sd  # noqa: F401 - a fixture
+from typer.testing import CliRunner
+
+from tudsr_core.cli_zoom import app
+from tudsr_core.image import resize
+from tudsr_core.models.dape import load_tagger, write_tagger
+from tudsr_core.plan import Target
+from tudsr_core.prompters import TaggerPrompter
+from tudsr_core.prompts import Style
+from tudsr_core.sampling import SampleOptions
+from tudsr_core.zoom import (
+    ZoomOptions,
+    described,
+    fixed,
+    from_file,
+    plan_zoom,
+    read_prompts,
+    write_prompts,
+    zoom,
+)
+
+STYLE = Style()
+
+
+class KnowingNetworks(IdentityNetworks):
+    """Its eps always leads to the latent that was encoded, so sampling must return the picture."""
+
+    def __init__(self, **options):
+        super().__init__(200, **options)
+        self.texts = []
+
+    def encode(self, pixels, seed, on_tile):
+        self.known = super().encode(pixels, seed, on_tile)
+        return self.known
+
+    def conditions(self, texts):
+        self.texts.append(list(texts))
+        return list(texts)
+
+    def denoise(self, z, t, condition, part, body):
+        from tudsr_core.schedule import scaled_linear
+
+        abar = scaled_linear().abar_at(t)
+
+        def predict(parts, tiles):
+            self.calls += 1
+            if self.calls == self.fail_at:
+                raise torch.OutOfMemoryError("simulated")
+            x0 = torch.cat([tile.cut(self.known) for tile in tiles])
+            return (parts - abar**0.5 * x0) / (1 - abar) ** 0.5
+
+        return body(predict)
+
+
+def options(steps=4, strength=1.0, **kwargs):
+    chosen = dict(tile_px=64, overlap_px=32, color_fix="none") | kwargs
+    return ZoomOptions(**chosen, sample=SampleOptions(steps, strength))
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(23, 37, 4), (5, 90, 3), (64, 64, 2), (1, 1, 4)])
+@pytest.mark.parametrize(("start", "strength"), [("picture", 1.0), ("picture", 0.5), ("noise", 1.0)])
+def test_a_model_that_knows_the_picture_returns_it(height, width, scale, start, strength, noise):
+    image, networks = noise(1, 3, height, width), KnowingNetworks()
+    plan = plan_zoom((height, width), Target(scale=scale), networks.facts, options(strength=strength, start=start))
+    made = zoom(image, networks, plan, [("a", "b")] * len(plan.tiles))
+    assert (made - resize(image, plan.size).clamp(0, 1)).abs().max() < 1e-4
+
+
+def test_ticks_are_what_the_plan_says(noise):
+    networks, ticks = KnowingNetworks(), []
+    plan = plan_zoom((30, 50), Target(scale=4), networks.facts, options())
+    tiles = len(plan.tiles)
+    zoom(noise(2, 4, 30, 50), networks, plan, [("a", "b")] * tiles, lambda *state: ticks.append(state[:2]))
+    total = 2 * (2 + plan.calls)
+    assert plan.calls == tiles * 4 * 2 == networks.calls // 2
+    assert ticks == [(done, total) for done in range(1, total + 1)]
+    assert f"{plan.calls} network calls" in plan.describe()[0]
+    assert f"{tiles} tiles (6 x 3) of 64 x 64, 4 steps" in plan.describe()[1]
+
+
+def test_a_part_of_the_chain_is_announced():
+    plan = plan_zoom((64, 64), Target(scale=4), KnowingNetworks.facts, ZoomOptions(sample=SampleOptions(strength=0.3)))
+    assert (plan.calls, plan.describe()[1]) == (
+        30,
+        "1 tiles (1 x 1) of 256 x 256, 15 of 50 steps, each with its positive and its negative prompt",
+    )
+    with pytest.raises(ValueError, match="whole chain"):
+        options(strength=0.5, start="noise")
+
+
+def test_published_sizes_need_the_published_number_of_tiles():
+    facts = KnowingNetworks.facts
+    for side, tiles in ((1024, 9), (2048, 49), (4096, 225), (8192, 961)):
+        plan = plan_zoom((side // 4, side // 4), Target(scale=4), facts, ZoomOptions())
+        assert (len(plan.tiles), plan.calls) == (tiles, tiles * 50 * 2)
+
+
+def test_the_seed_decides(noise):
+    class Rough(KnowingNetworks):
+        def denoise(self, z, t, condition, part, body):
+            return body(lambda parts, tiles: torch.tanh(parts))
+
+    image = noise(1, 3, 16, 24)
+
+    def run(seed):
+        plan = plan_zoom((16, 24), Target(scale=4), KnowingNetworks.facts, options(seed=seed))
+        return zoom(image, Rough(), plan, [("a", "b")] * len(plan.tiles))
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_out_of_memory_names_the_remedy(noise):
+    networks = KnowingNetworks(fail_at=5)
+    plan = plan_zoom((30, 50), Target(scale=4), networks.facts, options())
+    with pytest.raises(MemoryError, match="lower the tile batch, then the tile"):
+        zoom(noise(1, 3, 30, 50), networks, plan, [("a", "b")] * len(plan.tiles))
+
+
+class Brightness:
+    """A tagger that says how bright a tile is."""
+
+    def tags(self, images):
+        return [f"level {round(float(image.mean()) * 10)}" for image in images]
+
+    def fingerprint(self):
+        return "brightness"
+
+    def release(self):
+        self.released = True
+
+
+def test_every_tile_is_described_by_what_it_shows(noise):
+    """A ramp of steps: the tags must follow the tiles' place, and flat tiles get the style alone."""
+    image = torch.zeros(1, 3, 16, 48) + noise(1, 3, 16, 48) * 0.2
+    image[..., 32:] += 0.8
+    image[..., :8] = 0.5
+    facts, tagger, ticks = KnowingNetworks.facts, Brightness(), []
+    plan = plan_zoom((16, 48), Target(scale=4), facts, options(tile_px=64, overlap_px=0))
+    source = described(TaggerPrompter(tagger), STYLE)
+    pairs = source(image, plan, lambda done, total, preview: ticks.append((done, total)))
+    assert [text for text, _ in pairs] == [f"level {n}, clean, high-resolution, 8k" for n in (3, 1, 9)]
+    assert {text for _, text in pairs} == {STYLE.negative}
+    assert ticks == [(1, 3), (2, 3), (3, 3)] and tagger.released
+    image[..., :16] = 0.5
+    assert source(image, plan, None)[0][0] == "clean, high-resolution, 8k"
+
+
+def test_fixed_prompts_and_files(tmp_path):
+    plan = plan_zoom((16, 32), Target(scale=4), KnowingNetworks.facts, options(overlap_px=0))
+    assert len(plan.tiles) == 2
+    assert fixed("a cat", STYLE)(None, plan, None) == [("a cat, clean, high-resolution, 8k", STYLE.negative)] * 2
+    pairs = [("sea, boat", "noise"), ("sky – ⛅", "")]
+    write_prompts(tmp_path / "p.json", pairs)
+    assert from_file(tmp_path / "p.json", "x")(None, plan, None) == pairs
+    (tmp_path / "p.txt").write_text("sea\n\n")
+    assert read_prompts(tmp_path / "p.txt", "bad") == [("sea", "bad")]
+    (tmp_path / "p.txt").write_text("sea\n\nsky\n")
+    assert read_prompts(tmp_path / "p.txt", "bad") == [("sea", "bad"), ("", "bad"), ("sky", "bad")]
+    with pytest.raises(ValueError, match=r"p.txt has 3 prompts, but the plan has 2 tiles"):
+        from_file(tmp_path / "p.txt", "bad")(None, plan, None)
+    for content in ("{", "{}", '[["a"]]', '["a", 3]', "[" * 100_000):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match="bad.json"):
+            read_prompts(tmp_path / "bad.json", "")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    y, x = np.mgrid[0:16, 0:20]
+    array = np.dstack([np.sin(x / 3) * 90 + 120, np.cos(y / 4) * 80 + 120, (x + y) * 3]).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+SHORT = ("--scale", 4, "--tile", 64, "--overlap", 48, "--steps", 2, "--device", "cpu")
+
+
+def run(*words):
+    """The command inside this process, which is quicker to start."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_runs_the_recipe(small_sd, published, photo, tmp_path):  # noqa: F811
+    base = ("--model", small_sd / "base", *SHORT)
+    done = run("zoom", photo, "-o", tmp_path / "dry.png", *base, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "80 x 64, 8 network calls" in done.stdout and "2 tiles (2 x 1) of 64 x 64, 2 steps" in done.stdout
+    assert not (tmp_path / "dry.png").exists()
+    done = tudsr("zoom", photo, "-o", tmp_path / "a.png", *base, "--prompt", "b a", "--save-prompts")
+    assert done.returncode == 0, done.stderr
+    assert size(tmp_path / "a.png") == (80, 64)
+    prompts = json.loads((tmp_path / "a.prompts.json").read_text())
+    assert prompts == [["b a, clean, high-resolution, 8k", STYLE.negative]] * 2
+    again = ("--tile-prompts", tmp_path / "a.prompts.json", "--tile-batch", 2)
+    done = run("zoom", photo, "-o", tmp_path / "b.png", *base, *again)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    write_tagger(tmp_path / "dape.safetensors", read_small(published))
+    done = run(
+        "zoom", photo, "-o", tmp_path / "d.png", *base, "--dape", tmp_path / "dape.safetensors", "--save-prompts"
+    )
+    assert done.exit_code == 0, done.output
+    tagged = json.loads((tmp_path / "d.prompts.json").read_text())
+    with Image.open(photo) as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    tagger = load_tagger(tmp_path / "dape.safetensors")
+    seen = [STYLE.compose(tagger.tags(part[None])[0]) for part in (pixels[..., :16], pixels[..., 4:])]
+    assert "thing " in seen[0] and tagged == [[text, STYLE.negative] for text in seen]
+    prompts[1] = ["a a a", "b"]
+    (tmp_path / "edited.json").write_text(json.dumps(prompts))
+    done = run("zoom", photo, "-o", tmp_path / "c.png", *base, "--tile-prompts", tmp_path / "edited.json")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
+
+
+def test_wishes_that_cannot_be_met_are_one_line(small_sd, photo, tmp_path):  # noqa: F811
+    (tmp_path / "one.txt").write_text("a\n")
+    for wrong, says in (
+        (("--prompt", "a", "--tile-prompts", tmp_path / "one.txt"), "only one of"),
+        (("--tile-prompts", tmp_path / "one.txt"), "has 1 prompts, but the plan has 2 tiles"),
+        (("--dape", tmp_path / "none.safetensors"), "does not exist"),
+        (("--dape", tmp_path), "ram_tag_list.txt"),
+        (("--steps", 0), "0 steps"),
+    ):
+        done = run("zoom", photo, "-o", tmp_path / "x.png", "--model", small_sd / "base", *SHORT, *wrong)
+        assert done.exit_code == 1, wrong
+        assert says in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert not (tmp_path / "x.png").exists()

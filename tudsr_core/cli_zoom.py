@@ -1,0 +1,123 @@
+"""`tudsr zoom`: the options of "Zoomed In, Diffused Out" on the command line, and no logic."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli import (
+    ColorName,
+    Device,
+    DeviceOption,
+    Precision,
+    PrecisionOption,
+    Suffix,
+    WindowName,
+    app,
+    one_line_errors,
+    run_jobs,
+)
+
+StartName = Enum("StartName", {name: name for name in ("picture", "noise")}, type=str)
+
+
+@app.command()
+@one_line_errors
+def zoom(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")],
+    model: Annotated[Path, typer.Option(help="Diffusers folder of Stable Diffusion 2.x.")],
+    prompt: Annotated[str | None, typer.Option(help="The same words for every tile.")] = None,
+    tile_prompts: Annotated[
+        Path | None, typer.Option(help="One prompt per tile, in reading order: JSON, or a text file of lines.")
+    ] = None,
+    dape: Annotated[
+        Path | None, typer.Option(help="Tag every tile: a converted DAPE file, or a folder of the published files.")
+    ] = None,
+    quality_words: Annotated[str | None, typer.Option(help="Added to every prompt of --prompt and --dape.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt of every tile.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Enlarge by this factor (default 4).")] = None,
+    width: Annotated[int | None, typer.Option(help="Enlarge to this width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Enlarge to this height in pixels.")] = None,
+    long_edge: Annotated[int | None, typer.Option(help="Enlarge until the longer side has this length.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; each runs over all tiles.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How far to redraw: 1 all, 0.3 keeps to the picture.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off and half the work.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Fresh noise per step: 1 is DDPM, 0 is DDIM.")] = None,
+    start: Annotated[StartName | None, typer.Option(help="The noised picture, or noise alone.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all noise.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Tile side in pixels; what the model was trained at.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles in pixels.")] = None,
+    tile_batch: Annotated[int | None, typer.Option(help="Tiles computed at once on a GPU.")] = None,
+    window: Annotated[WindowName | None, typer.Option(help="How overlapping tiles are weighted.")] = None,
+    color_fix: Annotated[ColorName | None, typer.Option(help="How colours follow the input.")] = None,
+    device: DeviceOption = Device.auto,
+    dtype: PrecisionOption = Precision.fp32,
+    save_prompts: Annotated[bool, typer.Option(help="Write every tile's prompts beside the picture, as JSON.")] = False,
+    suffix: Annotated[Suffix | None, typer.Option("--format", help="File type; default: as the input.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan with its number of network calls and stop.")] = False,
+) -> None:
+    """Enlarge with any SD 2.x and a prompt per tile: tudsr zoom in.png -o out.png --model sd21/ --dape dape/"""
+    from .batch import ZoomOutput, finish_zoom, open_zoom, plan_jobs
+    from .local import load_sd2
+    from .plan import Target
+    from .sampling import SampleOptions
+    from .zoom import ZoomOptions
+
+    sampling = _given(
+        steps=steps,
+        strength=strength,
+        guidance=guidance,
+        eta=eta,
+        tile_batch=tile_batch,
+        window=window and window.value,
+    )
+    named = _given(start=start and start.value, color_fix=color_fix and color_fix.value)
+    chosen = _given(tile_px=tile, overlap_px=overlap, seed=seed) | named
+    options = ZoomOptions(**chosen, sample=SampleOptions(**sampling))
+    if scale is width is height is long_edge is None:
+        scale = 4.0
+    target = Target(scale, width, height, long_edge)
+    jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
+    source = _source(prompt, tile_prompts, dape, _given(suffix=quality_words, negative=negative), device)
+    networks = load_sd2(model, device.value, dtype.value)
+    if not dry_run and jobs[0].output.parent == output:
+        output.mkdir(parents=True, exist_ok=True)
+    written = ZoomOutput(overwrite=force, prompts=save_prompts)
+    failed = run_jobs(
+        jobs,
+        lambda job: open_zoom(job, networks.facts, target, options, written, dry_run),
+        lambda job, image, tick: finish_zoom(job, image, networks, target, options, source, written, tick),
+        dry_run,
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+def _given(**values: object) -> dict:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _source(prompt: str | None, tile_prompts: Path | None, dape: Path | None, words: dict, device: Device):
+    from .local import pick_device
+    from .models.dape import load_tagger
+    from .prompters import TaggerPrompter
+    from .prompts import Style
+    from .zoom import described, fixed, from_file
+
+    style = Style(**words)
+    if sum(given is not None for given in (prompt, tile_prompts, dape)) > 1:
+        raise ValueError("give only one of --prompt, --tile-prompts and --dape")
+    if tile_prompts:
+        if "suffix" in words:
+            raise ValueError("--quality-words are not added to --tile-prompts; write them into the file")
+        return from_file(tile_prompts, style.negative)
+    if dape:
+        tagger = load_tagger(dape)
+        tagger.device = pick_device(device.value)
+        return described(TaggerPrompter(tagger), style)
+    return fixed(prompt or "", style)
