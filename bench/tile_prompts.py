@@ -1,4 +1,4 @@
-"""Time and memory of a picture with a prompt per tile through a real ComfyUI: `python bench/tile_prompts.py [--steps 2]`.
+"""Time and memory of a picture with a prompt per tile through a real ComfyUI: `python bench/tile_prompts.py`.
 
 Needs ComfyUI (COMFYUI_PATH, COMFYUI_PYTHON). The model is the tests' Stable Diffusion 2.1 in
 miniature, so seconds say how calls add up, not what a real model takes; the memory beyond the
@@ -88,8 +88,10 @@ def main() -> None:
             work = graph(side, args.steps, args.overlap, args.batch)
             with Peak(server.process.pid) as peak:
                 began = time.monotonic()
-                outputs = server.run(work)
+                history = server.wait(server.queue(work), 7200)
                 seconds = time.monotonic() - began
+            outputs = history["outputs"]
+            assert history["status"]["status_str"] == "success", history["status"]
             tiles = len(next(one["tudsr_tiles"][0]["boxes"] for one in outputs.values() if "tudsr_tiles" in one))
             assert server.images(outputs, "14")[0].shape == (side, side, 3)
             picture = side * side * 3 * 4 / 2**20

@@ -565,5 +565,33 @@ def check_taggers_and_captioners_are_listed_and_load():
     assert "blip" in taggers.list_captioners() and "other" not in taggers.list_captioners()
 
 
+def check_dape_tags_tiles_through_comfyuis_model_management():
+    dape, ram, swin = (part(f"tudsr_core.models.{name}") for name in ("dape", "ram", "swin"))
+    config = ram.RamConfig(
+        swin.SwinConfig(image_px=64, width=8, depths=(2, 2, 2), heads=(1, 2, 4), window=4),
+        labels=30,
+        token_width=16,
+        width=24,
+    )
+    network = ram.RamTagger(config)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    labels = tuple(f"thing {i}" for i in range(30))
+    root = Path(tempfile.mkdtemp())
+    dape.write_tagger(root / "small.safetensors", dape.DapeTagger(network, labels, (0.5,) * 30, "small"))
+    folder_paths.add_model_folder_path("tudsr", str(root))
+    node = NODES["TUDSRLoadDape"]
+    assert "small.safetensors" in node.define_schema().inputs[0].options
+    prompter = node.execute("small.safetensors").args[0]
+    plan, image = tiles_module.plan_tiles(32, 48, 16, 4), picture(1, 64, 96)
+    made = extract(image, plan, prompter=prompter).args[0]
+    tagger = dape.load_tagger(root / "small.safetensors")
+    cuts = prompts_module.cut_tiles(image[0].movedim(-1, 0), plan)
+    assert [prompt.text for prompt in made.prompts] == [tagger.tags(cut[None])[0] for cut in cuts]
+    assert any(prompt.text for prompt in made.prompts)
+
+
 if __name__ == "__main__":
     base.main(globals())
