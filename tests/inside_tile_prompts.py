@@ -13,6 +13,7 @@ import inside_comfyui as base  # first: it makes ComfyUI importable
 from inside_comfyui import NODES, HintControl, noise, part, picture, text
 
 import comfy.k_diffusion.sampling
+import comfy.latent_formats
 import comfy.model_base
 import comfy.sample
 import comfy.samplers
@@ -227,6 +228,16 @@ def check_a_hint_of_another_size_is_scaled_then_cut():
         assert torch.equal(entry[1]["control"].cond_hint_original, tile.cut(large, 8))
 
 
+def check_a_hint_that_is_encoded_keeps_its_pixels():
+    """Controls with a VAE count one pixel per latent; the crop must still have the VAE's eight."""
+    plan, control = tiles_module.plan_tiles(32, 48, 16, 8), RecordingControl([])
+    control.compression_ratio, control.latent_format = 1, comfy.latent_formats.SD15()
+    hint = torch.rand(1, 256, 384, 3, generator=torch.Generator().manual_seed(2))
+    positive, _ = regions(tile_prompts(plan), control_net=control, hint=hint, vae=base.FoldVAE())
+    for tile, entry in zip(plan, positive, strict=True):
+        assert torch.equal(entry[1]["control"].cond_hint_original, tile.cut(hint.movedim(-1, 1), 8))
+
+
 def check_a_control_net_without_its_picture_is_refused():
     try:
         regions(tile_prompts(tiles_module.plan_tiles(32, 32, 16, 8)), control_net=RecordingControl([]))
@@ -298,6 +309,16 @@ def check_pooled_vectors_follow_their_rows():
     assert seen and all(torch.equal(a, b) for a, b in seen)
     values = torch.cat([a for a, _ in seen])
     assert len(set(values.tolist())) == len(plan) + 1 and len(values) == 2 * 2 * len(plan)
+
+
+def check_jitter_keeps_prompts_with_their_tiles():
+    plan = tiles_module.plan_tiles(60, 60, 16, 6)
+    start, prompts = noise(1, 4, 60, 60), tile_prompts(plan, ["one thing"] * len(plan))
+    still, moved, again = (
+        run(tiled(stub_model(), prompts, 4, jitter=jitter), start, 3.0, text(9), text(9), ddpm_sigmas(3))
+        for jitter in (False, True, True)
+    )
+    assert torch.equal(moved, again) and (moved - still).abs().max() > 1e-3
 
 
 def check_controls_and_tile_texts_work_together():

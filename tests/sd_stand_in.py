@@ -88,7 +88,23 @@ class TestSaveTensor:
         np.save(os.path.join(folder_paths.get_output_directory(), name), images.float().cpu().numpy())
         return {"ui": {"text": [name]}}
 
+class FoldVAE:
+    # Folds pixels into four latents, exact both ways where pictures are smooth: a VAE that costs nothing.
+    latent_channels = 4
+    def encode(self, pixels):
+        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+        return torch.cat([small, small[:, :1]], 1)
+    def decode(self, z):
+        return z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2).movedim(1, -1)
+
+class TestFoldVAE:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "make", "tests"
+    def make(self):
+        return (FoldVAE(),)
+
 NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestSaveTensor": TestSaveTensor}
+NODE_CLASS_MAPPINGS["TestFoldVAE"] = TestFoldVAE
 """
 
 
