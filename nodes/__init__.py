@@ -16,6 +16,11 @@ def load_extension():
         from .loaders import LoadAdapter, LoadEmbedded
         from .one_step import OneStepLatent, OneStepSigmas
         from .plan import Plan
+        from .prompters import ClipTags
+        from .prompts import ExtractTilePrompts, TilePromptsFromStrings
+        from .regions import RegionConditioning
+        from .taggers import LoadCaptioner, LoadDape
+        from .tile_plan import PlanTiles, TileImages
         from .tiles import MultiDiffusion
         from .upscale import StageOne, StageTwo, Upscale
         from .vae import VAEDecode, VAEEncode
@@ -35,6 +40,14 @@ def load_extension():
         MultiDiffusion,
         VAEEncode,
         VAEDecode,
+        PlanTiles,
+        TileImages,
+        ClipTags,
+        LoadDape,
+        LoadCaptioner,
+        ExtractTilePrompts,
+        TilePromptsFromStrings,
+        RegionConditioning,
         ColorFix,
     ]
 

@@ -53,7 +53,7 @@ def _crop(entry: dict, tile: Tile, shape: tuple[int, ...], cache: HintCache) -> 
     if entry.get("mask") is not None:
         entry["mask"] = tile.cut(entry["mask"])
     if entry.get("control") is not None:
-        entry["control"] = _crop_control(entry["control"], tile, shape, cache)
+        entry["control"] = crop_control(entry["control"], tile, shape, cache)
     if entry.get("gligen") is not None:
         entry["gligen"] = _crop_gligen(entry["gligen"], tile)
     if "model_conds" in entry:
@@ -85,7 +85,8 @@ def _crop_gligen(gligen: tuple, tile: Tile) -> tuple:
     return kind, model, moved
 
 
-def _crop_control(control: Any, tile: Tile, shape: tuple[int, ...], cache: HintCache) -> Any:
+def crop_control(control: Any, tile: Tile, shape: tuple[int, ...], cache: HintCache) -> Any:
+    """Return a control object that shares the network and sees only the tile's part of the hint."""
     key = (id(control), tile)
     if key not in cache:
         cut = copy.copy(control)
@@ -95,7 +96,7 @@ def _crop_control(control: Any, tile: Tile, shape: tuple[int, ...], cache: HintC
             cut.extra_concat_orig = [_crop_pixels(x, tile, shape, 8) for x in control.extra_concat_orig]
             cut.extra_concat = None
         if control.previous_controlnet is not None:
-            cut.previous_controlnet = _crop_control(control.previous_controlnet, tile, shape, cache)
+            cut.previous_controlnet = crop_control(control.previous_controlnet, tile, shape, cache)
         cache[key] = cut
     return cache[key]
 
@@ -104,7 +105,8 @@ def _crop_hint(control: Any, tile: Tile, shape: tuple[int, ...]) -> Tensor | Non
     hint = control.cond_hint_original
     if hint is None:
         return None
-    scale = control.compression_ratio
+    # A control that encodes its hint says one pixel per latent and counts the VAE's own reduction apart.
+    scale = control.compression_ratio * (control.vae.spacial_compression_encode() if control.vae is not None else 1)
     height, width = shape[-2] * scale, shape[-1] * scale
     if tuple(hint.shape[-2:]) != (height, width):
         hint = comfy.utils.common_upscale(hint, width, height, control.upscale_algorithm, "center")

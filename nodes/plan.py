@@ -13,6 +13,7 @@ from torch import Tensor
 from ..tudsr_core.image import resize
 from ..tudsr_core.pipeline import plan_for
 from ..tudsr_core.plan import UpscalePlan
+from ..tudsr_core.tiles import TilePlan
 from .stages import build_stage, combine
 from .tiles import CATEGORY, DEFAULTS, tile_inputs
 from .upscale import MODEL_TIP, target_from, target_inputs
@@ -57,19 +58,23 @@ class Plan(io.ComfyNode):
         return io.NodeOutput(draw_grid(image[:1], plan), text, plan.calls, ui=ui.PreviewText(text))
 
 
-def draw_grid(image: Tensor, plan: UpscalePlan, longest: int = 1024) -> Tensor:
+def draw_grid(image: Tensor, plan: UpscalePlan) -> Tensor:
     """Return the picture `1 h w 3` with the last stage's tiles outlined and numbered."""
     part = plan.stages[-1]
-    unit = part.padded[0] / part.tiles.height
-    zoom = min(1.0, longest / max(part.size))
-    size = tuple(max(1, round(side * zoom)) for side in part.size)
+    return draw_tiles(image, part.tiles, part.size, part.padded[0] / part.tiles.height)
+
+
+def draw_tiles(image: Tensor, tiles: TilePlan, wanted: tuple[int, int], unit: float, longest: int = 1024) -> Tensor:
+    """Return the picture as `1 h w 3`, at most `longest`, with numbered tiles of `unit` pixels of size `wanted`."""
+    zoom = min(1.0, longest / max(wanted))
+    size = tuple(max(1, round(side * zoom)) for side in wanted)
     pixels = resize(image[..., :3].movedim(-1, 1).float(), size).clamp(0, 1)
     picture = Image.fromarray((pixels[0].movedim(0, -1) * 255).round().byte().numpy())
     draw = ImageDraw.Draw(picture, "RGBA")
-    font = ImageFont.load_default(max(10, round(24 * zoom * part.tiles.tile_width * unit / 512)))
-    for tile in part.tiles:
+    font = ImageFont.load_default(max(10, round(24 * zoom * tiles.tile_width * unit / 512)))
+    for tile in tiles:
         box = [value * unit * zoom for value in (tile.left, tile.top, tile.left + tile.width, tile.top + tile.height)]
-        hue = (255, 190, 60) if (tile.index // len(part.tiles.lefts) + tile.index) % 2 else (90, 200, 255)
+        hue = (255, 190, 60) if (tile.index // len(tiles.lefts) + tile.index) % 2 else (90, 200, 255)
         inset = [box[0] + 2, box[1] + 2, min(box[2], size[1]) - 3, min(box[3], size[0]) - 3]
         if inset[2] > inset[0] and inset[3] > inset[1]:
             draw.rectangle(inset, outline=(*hue, 230), width=2, fill=(*hue, 22))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import comfy.patcher_extension
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..tudsr_core.pipeline import UpscaleOptions
-from ..tudsr_core.tiles import Canvas, TilePlan, Window, plan_tiles
+from ..tudsr_core.tiles import Canvas, Tile, TilePlan, Window, plan_tiles
 from .backend import estimate_memory_for
 from .conds import HintCache, crop_conds, is_spatial
+from .tile_text import TilePromptsType, TileTexts
 
 KEY = "tudsr_multidiffusion"
 CATEGORY = "image/upscaling/TUDSR"
@@ -22,37 +25,61 @@ class TiledPrediction:
 
     MultiDiffusion (Bar-Tal et al. 2023, eq. 5): the weighted least-squares agreement of all tiles.
     With `jitter`, the grid is shifted by a different offset each step (seeded by the step's noise
-    level), which moves what is left of seams around.
+    level), which moves what is left of seams around. With `texts`, their plan is used and every
+    tile is given its own prompt.
     """
 
-    def __init__(self, tile: int, overlap: int, batch: int, window: Window, jitter: bool) -> None:
+    def __init__(
+        self, tile: int, overlap: int, batch: int, window: Window, jitter: bool, texts: TileTexts | None = None
+    ) -> None:
         self.tile, self.overlap, self.batch, self.window, self.jitter = tile, overlap, batch, window, jitter
+        self.texts = texts
         self.hints: HintCache = {}
 
     def run(self, executor, *args, **kwargs):
         """OUTER_SAMPLE wrapper: what is kept per tile lives as long as one run."""
         self.hints.clear()
+        if self.texts:
+            guider = executor.class_obj
+            guider.conds = self.texts.expand(guider.conds)
         try:
             return executor(*args, **kwargs)
         finally:
             self.hints.clear()
 
     def __call__(self, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
-        plan = plan_tiles(x_in.shape[-2], x_in.shape[-1], self.tile, self.overlap)
-        if x_in.ndim != 4 or len(plan) == 1:
+        if self.texts:
+            self.texts.check(x_in)
+            plan = self.texts.plan
+        else:
+            plan = plan_tiles(x_in.shape[-2], x_in.shape[-1], self.tile, self.overlap)
+        if not self.texts and (x_in.ndim != 4 or len(plan) == 1):
             return executor(model, conds, x_in, timestep, model_options)
         if self.jitter:
             plan = self._shifted(plan, float(timestep[0]))
         spatial = is_spatial(conds)
         canvases = [Canvas(plan, self.window) for _ in conds]
         for tiles in plan.batches(1 if spatial else self.batch):
-            parts = torch.cat([tile.cut(x_in) for tile in tiles])
-            cut = [crop_conds(entries, tiles[0], x_in.shape, self.hints) for entries in conds] if spatial else conds
-            results = executor(model, cut, parts, timestep.repeat(len(tiles)), model_options)
-            for canvas, result in zip(canvases, results, strict=True):
-                for tile, value in zip(tiles, result.chunk(len(tiles)), strict=True):
-                    canvas.add(tile, value)
+            for group, cut in self._conditions(conds, tiles, x_in, spatial):
+                parts = torch.cat([tile.cut(x_in) for tile in group])
+                results = executor(model, cut, parts, timestep.repeat(len(group)), model_options)
+                for canvas, result in zip(canvases, results, strict=True):
+                    for tile, value in zip(group, result.chunk(len(group)), strict=True):
+                        canvas.add(tile, value)
         return [canvas.result().to(x_in.dtype) for canvas in canvases]
+
+    def _conditions(
+        self, conds: list, tiles: list[Tile], x_in: Tensor, spatial: bool
+    ) -> Iterator[tuple[list[Tile], list]]:
+        """Yield tiles that can run as one call, and the conditions for it."""
+        if self.texts:
+            picked = [entries and self.texts.pick(entries, tiles, len(x_in)) for entries in conds]
+            if any(entries and one is None for entries, one in zip(conds, picked, strict=True)):
+                for tile in tiles:
+                    yield from self._conditions(conds, [tile], x_in, spatial)
+                return
+            conds = picked
+        yield tiles, [crop_conds(entries, tiles[0], x_in.shape, self.hints) for entries in conds] if spatial else conds
 
     def _shifted(self, plan: TilePlan, sigma: float) -> TilePlan:
         """Move all inner tiles by one offset that keeps every point covered; the outer ones stay flush."""
@@ -142,21 +169,32 @@ class MultiDiffusion(io.ComfyNode):
                     default=False,
                     tooltip="Shift the grid a little at every step. Turn it on if many steps leave a visible grid.",
                 ),
+                TilePromptsType.Input(
+                    "tile_prompts",
+                    optional=True,
+                    tooltip="One prompt per tile. Its plan replaces tile and overlap, its texts replace the "
+                    "sampler's positive prompt, and its negative (unless empty) the sampler's negative.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="The model's text encoder; needed with tile_prompts."),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )
 
     @classmethod
-    def execute(cls, model, tile, overlap, tile_batch, window, jitter) -> io.NodeOutput:
+    def execute(cls, model, tile, overlap, tile_batch, window, jitter, tile_prompts=None, clip=None) -> io.NodeOutput:
         if overlap >= tile:
             raise ValueError(f"overlap {overlap} must be smaller than the tile ({tile}); try {tile // 4}")
         scale = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
-        tiled = TiledPrediction(tile // scale, overlap // scale, tile_batch, window, jitter)
+        texts, size = None, (tile // scale, tile // scale)
+        if tile_prompts is not None:
+            texts = TileTexts(clip, tile_prompts)
+            size = tile_prompts.plan.tile_height, tile_prompts.plan.tile_width
+        tiled = TiledPrediction(tile // scale, overlap // scale, tile_batch, window, jitter, texts)
         clone = model.clone()
         wrappers = comfy.patcher_extension.WrappersMP
         for kind, wrapper in ((wrappers.CALC_COND_BATCH, tiled), (wrappers.OUTER_SAMPLE, tiled.run)):
             clone.remove_wrappers_with_key(kind, KEY)
             clone.add_wrapper_with_key(kind, KEY, wrapper)
         channels = clone.model.latent_format.latent_channels
-        estimate_memory_for(clone, KEY, (tile_batch, channels, tile // scale, tile // scale))
+        estimate_memory_for(clone, KEY, (tile_batch, channels, *size))
         return io.NodeOutput(clone)

@@ -1,4 +1,4 @@
-"""Runs `inside_comfyui.py` in ComfyUI's interpreter and reports each of its checks."""
+"""Runs the `inside_*.py` scripts in ComfyUI's interpreter and reports each of their checks."""
 
 import ast
 import json
@@ -11,10 +11,11 @@ import pytest
 from comfyui import find
 from published import write_for_comfyui
 
-SCRIPT = Path(__file__).parent / "inside_comfyui.py"
+SCRIPTS = [Path(__file__).parent / name for name in ("inside_comfyui.py", "inside_tile_prompts.py")]
 CHECKS = [
-    node.name
-    for node in ast.parse(SCRIPT.read_text()).body
+    (script.name, node.name)
+    for script in SCRIPTS
+    for node in ast.parse(script.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 
@@ -26,12 +27,15 @@ def results(tmp_path_factory):
         pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     files = write_for_comfyui(tmp_path_factory.mktemp("published"))
-    command = [python, str(SCRIPT), str(comfyui), str(files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=comfyui)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = {}
+    for script in SCRIPTS:
+        command = [python, str(script), str(comfyui), str(files)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=comfyui)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[script.name] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_inside_comfyui(results, check):
-    assert results[check] is None, results[check]
+@pytest.mark.parametrize(("script", "check"), CHECKS)
+def test_inside_comfyui(results, script, check):
+    assert results[script][check] is None, results[script][check]

@@ -33,6 +33,8 @@ def test_one_text_serves_all_tiles_and_another_number_is_refused():
     assert [one.text for one in prompts_from_strings("a dog", 3)] == ["a dog"] * 3
     with pytest.raises(ValueError, match="2 texts for 3 tiles"):
         prompts_from_strings(["a", "b"], 3)
+    with pytest.raises(ValueError, match="2 texts for 3 tiles"):
+        prompts_from_strings("a\nb", 3)
     with pytest.raises(ValueError, match="0 texts for 3 tiles"):
         prompts_from_strings([], 3)
     with pytest.raises(ValueError, match="expected texts, got int"):

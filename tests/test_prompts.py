@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_the_budget_shortens_the_description_and_never_the_quality_words():
 def test_the_estimate_counts_words_and_marks():
     assert estimate_fits(", ".join(["dog"] * 37))
     assert not estimate_fits(", ".join(["dog"] * 39))
-    assert not estimate_fits(", ".join(["incomprehensibility"] * 20))
+    assert not estimate_fits(", ".join(["incomprehensibility"] * 16))
 
 
 def test_a_prompt_per_tile_is_demanded():
@@ -110,7 +112,8 @@ def test_cut_tiles_are_those_regions():
         assert cut[1, 0].tolist() == list(range(left, right))
     wider = cut_tiles(image, plan, 0.5)
     assert all(b.shape[1] > a.shape[1] for a, b in zip(cut_tiles(image, plan), wider, strict=True))
-    assert [tuple(cut.shape) for cut in wider[:1]] == [(3, 27 + 14, 30 + 15)]
+    assert tuple(wider[0].shape) == (3, 27 + 2 * 14, 30 + 2 * 15)
+    assert wider[-1][0, -1, 0] == 60 and wider[-1][1, 0, -1] == 92
 
 
 @pytest.mark.parametrize(
@@ -149,3 +152,15 @@ def test_the_pictures_mark_survives_resizing_and_tells_pictures_apart():
     other = image.flip(-1)
     bits = [int(picture_mark(one), 16) for one in (image, small, other)]
     assert (bits[0] ^ bits[1]).bit_count() <= 2 < 16 <= (bits[0] ^ bits[2]).bit_count()
+
+
+def test_the_help_pages_call_counts_are_right():
+    page = Path(__file__).parent.parent / "nodes" / "web" / "docs" / "TUDSRTilePlan.md"
+    rows = re.findall(r"^\| (\d+) x \d+ \| .* = (\d+) \| ([\d,]+) \| (\d+) tiles, ([\d,]+) \|$", page.read_text(), re.M)
+    assert len(rows) == 3
+    for side, *numbers in rows:
+        counts = []
+        for overlap in (32, 16):
+            tiles = len(plan_tiles(int(side) // 8, int(side) // 8, 64, overlap))
+            counts += [tiles, tiles * 50]
+        assert [int(number.replace(",", "")) for number in numbers] == counts

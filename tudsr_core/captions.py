@@ -49,6 +49,7 @@ class CaptionPrompter:
         name = {BLIP: "BlipForConditionalGeneration", FLORENCE: "Florence2ForConditionalGeneration"}[self.kind]
         if not hasattr(transformers, name):
             raise ValueError(f"transformers {transformers.__version__} has no {name}; update it")
+        transformers.utils.logging.disable_progress_bar()
         safe = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(self.folder, **safe)
@@ -90,6 +91,6 @@ class CaptionPrompter:
         return content_key("caption", str(self.folder), self.task, *facts)
 
     def release(self) -> None:
-        """Move the model to the CPU."""
-        if self.model is not None:
+        """Move the model to the CPU, unless its host places it."""
+        if self.model is not None and not self.place:
             self.model.to("cpu")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from .pipeline import Model, NoisePredictor, Predict, Stage
 from .plan import NetworkFacts, StageLimits
 from .schedule import scaled_linear
 from .sd21 import PREDICTIONS, check_exists, read_base, read_prediction
-from .tensor_files import CheckpointError, some
 from .tiles import Tile
 from .vae_tiling import Doors, Place, TiledVAE, Tiling, draw
 

@@ -43,8 +43,8 @@ def prompts_from_strings(values: Any, count: int) -> list[TilePrompt]:
     A single text is used for all tiles. Raises ValueError if the number of texts is neither 1 nor `count`.
     """
     texts = list(_flatten(values))
-    if len(texts) == 1 and len(lines := texts[0].strip("\n").split("\n")) == count:
-        texts = lines
+    if len(texts) == 1:
+        texts = texts[0].strip("\n").split("\n")
     if len(texts) == 1:
         texts *= count
     if len(texts) != count:
@@ -82,14 +82,19 @@ class Tagger(Protocol):
 
 
 class TaggerPrompter:
-    """Tags of a trained tagger, tile by tile; `prepare` is called before the first one, to load weights."""
+    """Tags of a trained tagger, tile by tile.
 
-    def __init__(self, tagger: Tagger, prepare: Callable[[], None] = lambda: None) -> None:
-        self.tagger, self.prepare = tagger, prepare
+    A host that manages memory itself gives `load`, called before the first tile; the weights are
+    then its to take away.
+    """
+
+    def __init__(self, tagger: Tagger, load: Callable[[], None] | None = None) -> None:
+        self.tagger, self.load = tagger, load
 
     def describe(self, tiles: Sequence[Tensor], tick: Tick) -> list[TilePrompt]:
         """Return the tagger's tags of each tile."""
-        self.prepare()
+        if self.load:
+            self.load()
         prompts = []
         for number, tile in enumerate(tiles, 1):
             prompts.append(TilePrompt(self.tagger.tags(tile[None].float())[0]))
@@ -101,8 +106,9 @@ class TaggerPrompter:
         return f"tagger {self.tagger.fingerprint()}"
 
     def release(self) -> None:
-        """Give the tagger's memory back."""
-        self.tagger.release()
+        """Give the tagger's memory back, if it is ours to give."""
+        if not self.load:
+            self.tagger.release()
 
 
 @dataclass(frozen=True)

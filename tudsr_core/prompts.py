@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .image import luma
 from .tiles import Tile, TilePlan
 
 TOKENS = 75  # CLIP's 77 less start and end
@@ -125,9 +126,17 @@ def cut_tiles(image: Tensor, plan: TilePlan, context: float = 0.0) -> list[Tenso
     cuts = []
     for tile in plan:
         top, bottom, left, right = plan.region(tile, (height, width))
-        dy, dx = round((bottom - top) * context), round((right - left) * context)
-        cuts.append(image[..., max(0, top - dy) : bottom + dy, max(0, left - dx) : right + dx])
+        rows, columns = _widen(top, bottom, height, context), _widen(left, right, width, context)
+        cuts.append(image[..., rows, columns])
     return cuts
+
+
+def _widen(start: int, end: int, length: int, context: float) -> slice:
+    """Return the range with `context` of itself on both sides, moved rather than cut at the picture's border."""
+    more = round((end - start) * context)
+    wanted = min(length, end - start + 2 * more)
+    first = min(max(0, start - more), length - wanted)
+    return slice(first, first + wanted)
 
 
 def describe(
@@ -150,8 +159,7 @@ def describe(
 
 def is_flat(tile: Tensor, limit: float = FLAT_STD) -> bool:
     """Return whether the luminance of `3 h w` in 0..1 varies by less than `limit` (standard deviation)."""
-    luminance = (tile.float() * torch.tensor([0.299, 0.587, 0.114], device=tile.device).view(3, 1, 1)).sum(0)
-    return float(luminance.std(correction=0)) < limit
+    return float(luma(tile[None].float()).std(correction=0)) < limit
 
 
 def split_words(text: str) -> list[str]:
@@ -170,11 +178,11 @@ def unique(words: Sequence[str]) -> list[str]:
 def estimate_fits(text: str) -> bool:
     """Estimate whether `text` is within CLIP's 77 tokens; a tokenizer knows it exactly.
 
-    One token per punctuation mark and one per started eight letters, which is above what CLIP's
-    vocabulary needs for common words.
+    One token per punctuation mark and one per started six letters, which over a whole prompt is
+    more than CLIP's vocabulary needs for common words.
     """
     pieces = re.findall(r"[^\W_]+|[^\w\s]|_", text)
-    return sum(1 + (len(piece) - 1) // 8 for piece in pieces) <= TOKENS
+    return sum(1 + (len(piece) - 1) // 6 for piece in pieces) <= TOKENS
 
 
 def picture_mark(image: Tensor) -> str:

@@ -1,4 +1,6 @@
-"""Make the templates of this folder from their API forms: `python workflows/make.py` (needs ComfyUI and Chromium).
+"""Make the templates of this folder from their API forms: `python workflows/make.py [NAME ...]`.
+
+Needs ComfyUI and Chromium; without names, all are made.
 
 Each `api/NAME.json` is opened in a real browser, laid out in columns, given its note and model
 links, saved as `NAME.json`, run where its models are at hand, and photographed as `NAME.jpg`.
@@ -24,6 +26,14 @@ from PIL import Image
 from tudsr_core.known_files import known_file
 
 SD21 = known_file("v2-1_512-ema-pruned.safetensors")
+MODELS = {
+    "CheckpointLoaderSimple": {"name": SD21.name, "url": SD21.url, "directory": SD21.folder},
+    "CLIPVisionLoader": {
+        "name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+        "url": "https://huggingface.co/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
+        "directory": "clip_vision",
+    },
+}
 NOTES = {
     "01-embedded-x8": """## Upscale x8 with the embedded model
 Pick a picture and press **Run**. Nothing is downloaded.
@@ -66,8 +76,32 @@ The adapter's *conditioning* output is the prompt it was trained with.
 - **fidelity**, **detail**: PiSA-SR's dials
 - **steps**: 1 to 5 with InvSR
 - **method**: choose *omgsr* for OMGSR's folder""",
+    "09-tile-prompts": """## A prompt per tile
+Every tile is sampled with words for what **it** shows, so guidance does not paint the main
+object into the background.
+
+1. **Tile Plan** says how many calls a run costs: select it and press its play button first.
+2. **Extract Tile Prompts**: point at a tile to read it, click to change it.
+3. **denoise** 0.3 keeps, 0.6 invents.
+
+Needs SD2.1-base in `models/checkpoints` and CLIP-ViT-H-14 in `models/clip_vision`.""",
+    "07-zoomed-in-diffused-out": """## Zoomed In, Diffused Out
+SD2.x, a **tile ControlNet**, a prompt per tile, CFG 5.5, 50 DDPM steps (t = 981 ... 1) from the
+noised low-resolution latent, on the **stock KSampler**: the conditions hold one area per tile.
+
+- to 2K: 49 tiles, 2,450 calls; 4K: 225, 11,250; 8K: 961, 48,050
+- without a ControlNet: remove it and lower **denoise** to 0.4
+- large pictures: let *MultiDiffusion (Tiled)* take the tile prompts (template 09); its memory is fixed
+
+Choose any ControlNet for your checkpoint that takes the picture itself as hint.""",
 }
-STAND_IN_ONLY = ("02-sd21-two-stage", "04-multidiffusion-ksampler", "06-published-adapters")
+STAND_IN_ONLY = (
+    "02-sd21-two-stage",
+    "04-multidiffusion-ksampler",
+    "06-published-adapters",
+    "09-tile-prompts",
+    "07-zoomed-in-diffused-out",
+)
 
 
 def lay_out(workflow: dict, api: dict) -> None:
@@ -115,9 +149,8 @@ def make(page, name: str) -> None:
     workflow = json.loads(text)
     lay_out(workflow, api)
     for node in workflow["nodes"]:
-        if node["type"] == "CheckpointLoaderSimple":
-            link = {"name": SD21.name, "url": SD21.url, "directory": SD21.folder}
-            node.setdefault("properties", {})["models"] = [link]
+        if node["type"] in MODELS:
+            node.setdefault("properties", {})["models"] = [MODELS[node["type"]]]
     add_note(workflow, NOTES[name])
     for node in workflow["nodes"]:
         values = node.get("widgets_values") or []
@@ -153,6 +186,8 @@ def main() -> None:
     server.put_image("example.png", np.array(Image.open(example).convert("RGB")))
     try:
         for path in sorted((HERE / "api").glob("*.json")):
+            if sys.argv[1:] and path.stem not in sys.argv[1:]:
+                continue
             with open_page(server.url, 2400, 1400) as page:
                 make(page, path.stem)
     finally:

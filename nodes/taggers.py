@@ -1,0 +1,140 @@
+"""Loaders of trained prompters: DAPE / RAM, and captioning models of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+from comfy_api.latest import io
+from safetensors import SafetensorError, safe_open
+
+from ..tudsr_core.captions import CaptionPrompter, caption_kind
+from ..tudsr_core.prompters import TaggerPrompter
+from .prompters import find_below, model_roots
+from .prompts import PrompterType
+from .tiles import CATEGORY
+
+NO_TAGGER = "(put DAPE into models/tudsr)"
+NO_CAPTIONER = "(put a captioner's folder into models/tudsr or models/LLM)"
+RAM_FILE = "ram_swin_large_14m.pth"
+TAGGER_FORMAT = "tudsr-tagger/1"
+CAPTION_ROOTS = ("LLM",)
+
+
+def list_taggers() -> list[str]:
+    """Return folders with RAM's published file and converted taggers below `models/tudsr`."""
+    found = set()
+    for root in model_roots():
+        found |= {file.parent.relative_to(root).as_posix() for file in root.rglob(RAM_FILE)}
+        found |= {file.relative_to(root).as_posix() for file in root.rglob("*.safetensors") if _is_tagger(file)}
+    return sorted(found)
+
+
+def _is_tagger(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == TAGGER_FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
+def list_captioners() -> list[str]:
+    """Return folders of BLIP and Florence-2 below `models/tudsr` and `models/LLM`."""
+    return sorted(
+        {
+            file.parent.relative_to(root).as_posix()
+            for root in model_roots(*CAPTION_ROOTS)
+            for file in root.rglob("config.json")
+            if caption_kind(file.parent)
+        }
+    )
+
+
+def patched(network: Any) -> Any:
+    """Return a ModelPatcher, so that ComfyUI moves the network as it does its own."""
+    return comfy.model_patcher.ModelPatcher(
+        network,
+        load_device=comfy.model_management.text_encoder_device(),
+        offload_device=comfy.model_management.text_encoder_offload_device(),
+    )
+
+
+class LoadDape(io.ComfyNode):
+    """DAPE (or RAM) to a prompter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = list_taggers()
+        return io.Schema(
+            node_id="TUDSRLoadDape",
+            display_name="Load DAPE",
+            category=CATEGORY,
+            description="The degradation-aware tagger of SeeSR (RAM Swin-L with DAPE's updates): trained to name "
+            "what blurred and noisy tiles show.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=names or [NO_TAGGER],
+                    tooltip="A folder in models/tudsr with ram_swin_large_14m.pth, DAPE.pth and RAM's two tag lists, "
+                    "or a converted .safetensors file.",
+                )
+            ],
+            outputs=[PrompterType.Output(display_name="prompter")],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        from ..tudsr_core.models.dape import load_tagger
+
+        tagger = load_tagger(find_below(model_roots(), model))
+        patcher = patched(tagger.network)
+        return io.NodeOutput(TaggerPrompter(tagger, lambda: comfy.model_management.load_model_gpu(patcher)))
+
+
+class LoadCaptioner(io.ComfyNode):
+    """A captioning model of transformers to a prompter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = list_captioners()
+        return io.Schema(
+            node_id="TUDSRLoadCaptioner",
+            display_name="Load Captioner",
+            category=CATEGORY,
+            description="A BLIP or Florence-2 folder as a prompter: one sentence per tile. Nothing is downloaded, "
+            "only safetensors are read, and no code of the folder is run.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=names or [NO_CAPTIONER],
+                    tooltip="A folder in models/tudsr or models/LLM with config.json and safetensors weights in "
+                    "transformers' layout.",
+                ),
+                io.Combo.Input(
+                    "detail",
+                    options=["<CAPTION>", "<DETAILED_CAPTION>"],
+                    default="<CAPTION>",
+                    tooltip="Florence-2's task. Take the detailed one for longer sentences; BLIP does not know it.",
+                ),
+            ],
+            outputs=[PrompterType.Output(display_name="prompter")],
+        )
+
+    @classmethod
+    def execute(cls, model, detail) -> io.NodeOutput:
+        folder = find_below(model_roots(*CAPTION_ROOTS), model)
+        return io.NodeOutput(CaptionPrompter(folder, detail, _place()))
+
+
+def _place() -> Any:
+    """Return a function that lets ComfyUI load the captioner and says where it is."""
+    patchers: dict[int, Any] = {}
+
+    def place(network: Any) -> Any:
+        patcher = patchers.setdefault(id(network), patched(network))
+        comfy.model_management.load_model_gpu(patcher)
+        return patcher.load_device
+
+    return place

@@ -1,0 +1,184 @@
+"""One tile plan for prompts, hints and sampling, and the pictures of its tiles."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..tudsr_core.image import resize
+from ..tudsr_core.prompts import cut_tiles
+from ..tudsr_core.tiles import TilePlan, plan_tiles
+from .plan import draw_tiles
+from .tiles import CATEGORY, tile_inputs
+
+LATENT_PX = 8
+TilePlanType = io.Custom("TILE_PLAN")
+
+
+def plan_input() -> io.Input:
+    """Return the plan socket that everything about one picture shares."""
+    return TilePlanType.Input(
+        "plan", tooltip="The tiles, from Tile Plan. Use one plan for prompts, hints and sampling of a picture."
+    )
+
+
+def one_picture(image: torch.Tensor, node: str) -> torch.Tensor:
+    """Return `3 H W` of an IMAGE; raises ValueError if it holds several."""
+    if len(image) != 1:
+        raise ValueError(f"{node} takes one picture, got {len(image)}; run it once per picture")
+    return image[0, ..., :3].movedim(-1, 0).float()
+
+
+def latent_size(image, latent, scale: float, width: int, height: int) -> tuple[int, int]:
+    """Return rows and columns of the latent that will be sampled; raises ValueError if nothing says."""
+    if latent is not None:
+        return tuple(latent["samples"].shape[-2:])
+    if image is None and not (width and height):
+        raise ValueError("Tile Plan needs a size: connect image or latent, or set width and height")
+    if image is not None:
+        width, height = width or round(image.shape[2] * scale), height or round(image.shape[1] * scale)
+    if min(width, height) < LATENT_PX:
+        raise ValueError(f"{width} x {height} is smaller than one latent ({LATENT_PX} px)")
+    return height // LATENT_PX, width // LATENT_PX
+
+
+def tell(plan: TilePlan, steps: int) -> str:
+    """Return size, tiles and network calls in words."""
+    height, width = plan.height * LATENT_PX, plan.width * LATENT_PX
+    side = f"{plan.tile_width * LATENT_PX} x {plan.tile_height * LATENT_PX}"
+    calls = len(plan) * steps
+    return "\n".join(
+        (
+            f"{width} x {height} px: {len(plan.lefts)} x {len(plan.tops)} = {len(plan)} tiles of {side} px",
+            f"{steps} steps: {calls:,} tile calls, each for the positive and the negative prompt",
+            f"overlap costs {len(plan) * plan.tile_height * plan.tile_width / (plan.height * plan.width):.2f} "
+            "times the untiled work",
+        )
+    )
+
+
+class PlanTiles(io.ComfyNode):
+    """Where the tiles lie: one plan for prompts, hints, latents and pixels."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        tile, overlap, _, _ = tile_inputs()
+        return io.Schema(
+            node_id="TUDSRTilePlan",
+            display_name="Tile Plan",
+            category=CATEGORY,
+            description="Lays overlapping tiles over the picture to be sampled, and says how many calls that costs. "
+            "One plan gives the boxes for prompts, ControlNet hints and sampling.",
+            inputs=[
+                io.Float.Input(
+                    "scale",
+                    default=1.0,
+                    min=0.125,
+                    max=64.0,
+                    step=0.5,
+                    tooltip="Size to be sampled, relative to image. Set it to the enlargement if image is the "
+                    "small picture; leave it at 1 if image is already enlarged. Not used with a latent.",
+                ),
+                io.Int.Input(
+                    "width", default=0, min=0, max=65536, tooltip="Width in pixels instead; 0: from image or latent."
+                ),
+                io.Int.Input(
+                    "height", default=0, min=0, max=65536, tooltip="Height in pixels instead; 0: from image or latent."
+                ),
+                tile,
+                overlap,
+                io.Combo.Input(
+                    "spacing",
+                    options=["even", "stride"],
+                    default="even",
+                    tooltip="even spreads the tiles evenly; stride puts them at every tile - overlap with the last "
+                    "one flush, as the published scripts do. Choose stride to reproduce those.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=10000,
+                    tooltip="Steps of the sampler, only to count calls. Lower it, or raise the tile, if the count "
+                    "frightens you.",
+                ),
+                io.Image.Input("image", optional=True, tooltip="The picture: small (then set scale) or enlarged."),
+                io.Latent.Input("latent", optional=True, tooltip="The latent to be sampled; its size wins over all."),
+            ],
+            outputs=[
+                TilePlanType.Output(display_name="plan"),
+                io.Image.Output(display_name="grid", tooltip="The picture with its numbered tiles."),
+                io.String.Output(display_name="text"),
+                io.Int.Output(display_name="calls", tooltip="Tiles times steps."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, scale, width, height, tile, overlap, spacing, steps, image=None, latent=None) -> io.NodeOutput:
+        if overlap >= tile:
+            raise ValueError(f"overlap {overlap} must be smaller than the tile ({tile}); try {tile // 4}")
+        rows, columns = latent_size(image, latent, scale, width, height)
+        plan = plan_tiles(rows, columns, tile // LATENT_PX, overlap // LATENT_PX, spacing=spacing)
+        text, size = tell(plan, steps), (rows * LATENT_PX, columns * LATENT_PX)
+        picture = torch.full((1, 64, 64, 3), 0.25) if image is None else image[:1]
+        grid = draw_tiles(picture, plan, size, LATENT_PX)
+        return io.NodeOutput(plan, grid, text, len(plan) * steps, ui=ui.PreviewText(text))
+
+
+class TileImages(io.ComfyNode):
+    """What each tile shows, for any captioner."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TUDSRTileImages",
+            display_name="Tile Images",
+            category=CATEGORY,
+            description="Cuts the picture into the plan's tiles, in reading order, for any captioning or tagging "
+            "node. Give its texts to Tile Prompts from Strings.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture, small or enlarged."),
+                plan_input(),
+                context_input(),
+                io.Int.Input(
+                    "side",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Resize the tiles to this longer side in pixels; 0: as they are. Raise it (384, 512) for "
+                    "captioners that see little in small pictures; lower it if they are slow.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="batch", tooltip="All tiles in one batch."),
+                io.Image.Output(
+                    display_name="list", is_output_list=True, tooltip="One by one, for nodes that take one picture."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, plan, context, side) -> io.NodeOutput:
+        cuts = cut_tiles(one_picture(image, "Tile Images"), plan, context)
+        height, width = (max(cut.shape[axis] for cut in cuts) for axis in (-2, -1))
+        if side:
+            zoom = side / max(height, width)
+            height, width = max(1, round(height * zoom)), max(1, round(width * zoom))
+        same = [cut if cut.shape[-2:] == (height, width) else resize(cut[None], (height, width))[0] for cut in cuts]
+        batch = torch.stack(same).clamp(0, 1).movedim(1, -1)
+        return io.NodeOutput(batch, list(batch.split(1)))
+
+
+def context_input() -> io.Float.Input:
+    """Return the widget for surroundings that a prompter sees."""
+    return io.Float.Input(
+        "context",
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        tooltip="Surroundings to show with each tile, as a part of its side. Raise it if tiles are recognised "
+        "poorly; lower it if prompts name things that are only in the neighbouring tiles.",
+    )

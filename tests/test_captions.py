@@ -1,0 +1,67 @@
+"""Captions by local transformers models: a tiny BLIP with random weights, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tudsr_core.captions import CaptionPrompter, caption_kind
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "dog", "grass", "sky", "wall", "red"]
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("blip")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = small | dict(vocab_size=len(WORDS), encoder_hidden_size=16, max_position_embeddings=64)
+    text |= dict(bos_token_id=5, sep_token_id=3, eos_token_id=3, pad_token_id=0)
+    config = transformers.BlipConfig(
+        text_config=text, vision_config=small | dict(image_size=32, patch_size=16), projection_dim=16
+    )
+    torch.manual_seed(0)
+    transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def test_each_tile_gets_a_caption_of_its_own_pixels(blip):
+    assert caption_kind(blip) == "blip"
+    generator, ticks = torch.Generator().manual_seed(0), []
+    tiles = [torch.rand(3, 20, 30, generator=generator) for _ in range(3)]
+    prompter = CaptionPrompter(blip)
+    made = [one.text for one in prompter.describe(tiles, lambda *at: ticks.append(at))]
+    assert ticks == [(1, 3), (2, 3), (3, 3)]
+    assert all(made) and made[0] == CaptionPrompter(blip).describe(tiles[:1], lambda *at: None)[0].text
+    assert set(" ".join(made).split()) <= set(WORDS)
+    prompter.release()
+
+
+def test_the_host_places_the_model_and_keeps_it(blip):
+    placed = []
+    prompter = CaptionPrompter(blip, place=lambda model: placed.append(model) or torch.device("cpu"))
+    prompter.describe([torch.rand(3, 8, 8)], lambda *at: None)
+    assert len(placed) == 1
+    assert prompter.fingerprint() == CaptionPrompter(blip).fingerprint()
+    assert prompter.fingerprint() != CaptionPrompter(blip, "<DETAILED_CAPTION>").fingerprint()
+
+
+def test_other_folders_and_pickled_weights_are_refused(blip, tmp_path):
+    with pytest.raises(ValueError, match="no BLIP or Florence-2"):
+        CaptionPrompter(tmp_path)
+    for file in blip.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    prompter = CaptionPrompter(tmp_path)
+    with pytest.raises(ValueError, match="safetensors weights"):
+        prompter.describe([torch.rand(3, 8, 8)], lambda *at: None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+    assert caption_kind(tmp_path) is None
