@@ -1,9 +1,8 @@
 """Make the templates of this folder from their API forms: `python workflows/make.py [NAME ...]`.
 
-Needs ComfyUI and Chromium; without names, all are made.
-
-Each `api/NAME.json` is opened in a real browser, laid out in columns, given its note and model
-links, saved as `NAME.json`, run where its models are at hand, and photographed as `NAME.jpg`.
+Needs ComfyUI and Chromium. Each `api/NAME.json` is opened in a real browser, laid out in columns, given
+its note and model links, saved as `NAME.json`, run where its models are at hand, and photographed
+as `NAME.jpg`.
 """
 
 from __future__ import annotations
@@ -61,6 +60,12 @@ overlapping tiles, so any size fits.
 
 - **denoise** 0.2 keeps, 0.5 invents
 - **overlap**: raise it if you see a grid""",
+    "08-exact-tiled-vae": """## Any size, all in tiles, no seams
+**MultiDiffusion (Tiled)** samples in tiles; **Exact Tiled VAE Encode / Decode** need the memory of
+one tile and give the picture that the whole VAE would give: no seams, no drift of colour.
+
+- **tile** here changes memory and speed, never the picture
+- **attention**: leave *exact* up to about 4096 x 4096""",
     "05-stock-sampler": """## A TUDSR stage with stock nodes
 One-Step Sigmas and One-Step Latent let **SamplerCustom** do what *TUDSR Stage One* does:
 euler, one step, no added noise, cfg 1.
@@ -99,8 +104,9 @@ STAND_IN_ONLY = (
     "02-sd21-two-stage",
     "04-multidiffusion-ksampler",
     "06-published-adapters",
-    "09-tile-prompts",
     "07-zoomed-in-diffused-out",
+    "08-exact-tiled-vae",
+    "09-tile-prompts",
 )
 
 
@@ -185,11 +191,9 @@ def main() -> None:
     example = HERE.parent / "tudsr_core" / "assets" / "example.png"
     server.put_image("example.png", np.array(Image.open(example).convert("RGB")))
     try:
-        for path in sorted((HERE / "api").glob("*.json")):
-            if sys.argv[1:] and path.stem not in sys.argv[1:]:
-                continue
+        for name in sys.argv[1:] or sorted(path.stem for path in (HERE / "api").glob("*.json")):
             with open_page(server.url, 2400, 1400) as page:
-                make(page, path.stem)
+                make(page, name)
     finally:
         server.stop()
 
