@@ -23,10 +23,15 @@ class ExactVAE:
     """A VAE whose encode and decode give the untiled result with the memory of a tile.
 
     ComfyUI's own encode and decode are used only for kinds of VAE that the core cannot tile: they
-    answer out-of-memory with tiles of their own, which change the picture.
+    answer out-of-memory with tiles of their own, which change the picture. Raises ValueError for
+    VAEs of video or sound.
     """
 
     def __init__(self, vae: Any) -> None:
+        if getattr(vae, "latent_dim", 2) != 2:
+            raise ValueError(
+                "this VAE is made for video or sound, not for pictures; use ComfyUI's own VAE nodes for it"
+            )
         self.vae = vae
         self.scale = vae.spacial_compression_encode()
         doors = Doors(

@@ -719,6 +719,17 @@ def check_an_unknown_vae_runs_whole_and_says_so():
         assert any("whole picture" in line for line in lines), lines
 
 
+def check_a_video_vae_is_refused():
+    vae = small_vae(torch.float32)
+    vae.latent_dim = 3
+    try:
+        vae_nodes(vae, picture(1, 48, 64))
+    except ValueError as error:
+        assert "video" in str(error)
+    else:
+        raise AssertionError("accepted")
+
+
 def check_cancel_stops_the_vae_within_a_tile():
     vae, seen = small_vae(torch.float32), []
     original = comfy.model_management.throw_exception_if_processing_interrupted
