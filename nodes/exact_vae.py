@@ -59,7 +59,7 @@ class ExactVAE:
         shape = 1, self.vae.latent_channels, side, side
         whole = int(self.vae.memory_used_decode(shape, self.vae.vae_dtype) / (side * self.scale) ** 2)
         if self.tiled.steps:
-            return self.tiled.tile_bytes() // Tiling().tile_px ** 2, 0, self.tiled.plane_bytes(1)
+            return self.tiled.tile_bytes() // self.tiled.tiling.tile_px**2, 0, self.tiled.plane_bytes(1)
         return (whole, 0, 0) if self.tiled.is_tiled else (0, whole, 0)
 
     def _load(self, tiling: Tiling | None) -> None:

@@ -18,21 +18,21 @@ def test_spans_partition_evenly(length, side, unit):
 
 
 def test_a_plane_gives_back_any_part_of_what_was_written(noise):
-    whole = noise(1, 3, 20, 30)
-    plane = Plane(3, spans(20, 7), 30, torch.float32, CPU)
-    for rows in plane.rows:
+    whole, into = noise(1, 3, 70, 30), torch.empty
+    plane = Plane(3, 70, 30, torch.float32, CPU)
+    for rows in spans(70, 17):
         for columns in spans(30, 11):
             plane.write(rows, columns, whole[..., slice(*rows), slice(*columns)])
-    for rows, columns in (((0, 20), (0, 30)), ((5, 16), (3, 4)), ((6, 8), (29, 30))):
-        into = torch.empty(1, 3, rows[1] - rows[0], columns[1] - columns[0])
-        assert torch.equal(plane.read(rows, columns, into), whole[..., slice(*rows), slice(*columns)])
-    plane.free(before=14)
-    into = torch.empty(1, 3, 7, 30)
-    assert [band is None for band in plane.bands] == [bottom <= 14 for _, bottom in plane.rows]
-    assert torch.equal(
-        plane.read((plane.rows[-1][0], 20), (0, 30), into[:, :, : 20 - plane.rows[-1][0]]),
-        whole[..., plane.rows[-1][0] :, :],
-    )
+
+    def part(rows, columns):
+        return plane.read(rows, columns, into(1, 3, rows[1] - rows[0], columns[1] - columns[0]))
+
+    for rows, columns in (((0, 70), (0, 30)), ((5, 66), (3, 4)), ((22, 24), (29, 30))):
+        assert torch.equal(part(rows, columns), whole[..., slice(*rows), slice(*columns)])
+    assert len(plane.rows) == 3
+    plane.free(before=47)
+    assert [band is None for band in plane.bands] == [bottom <= 47 for _, bottom in plane.rows] == [True, True, False]
+    assert torch.equal(part((47, 70), (0, 30)), whole[..., 47:, :])
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
@@ -40,8 +40,8 @@ def test_statistics_of_tiles_are_those_of_the_plane(offset, noise):
     """Also where tiles differ much and the mean is large against the deviation."""
     whole = noise(1, 12, 40, 50).double() + offset
     whole[..., 25:] += 3
-    plane = Plane(12, spans(40, 13), 50, torch.float64, CPU)
-    for rows in plane.rows:
+    plane = Plane(12, 40, 50, torch.float64, CPU)
+    for rows in spans(40, 13):
         for columns in spans(50, 17):
             plane.measure(whole[..., slice(*rows), slice(*columns)])
     mean, variance = plane.moments(4)

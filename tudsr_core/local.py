@@ -23,7 +23,7 @@ from .plan import NetworkFacts, StageLimits
 from .schedule import scaled_linear
 from .sd21 import PREDICTIONS, check_exists, read_base, read_prediction
 from .tiles import Tile
-from .vae_tiling import Doors, Place, TiledVAE, Tiling, draw
+from .vae_tiling import Doors, Place, TiledVAE, draw
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Backbone:
             latent_scale=self.latent_scale,
             multiple=max(8, self.latent_scale),
             weight_bytes=weights,
-            tile_bytes_per_pixel=max(tile * self.dtype.itemsize // 4, vae.tile_bytes() // Tiling().tile_px ** 2),
+            tile_bytes_per_pixel=max(tile * self.dtype.itemsize // 4, vae.tile_bytes() // vae.tiling.tile_px**2),
             picture_bytes_per_pixel=0 if vae.is_tiled else SD_PICTURE_BYTES * self.dtype.itemsize // 4,
             plane_bytes_per_pixel=vae.plane_bytes(1),
         )

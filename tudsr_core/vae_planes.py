@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 Span = tuple[int, int]
 Job = TypeVar("Job")
+BAND_ROWS = 32
 
 
 def spans(length: int, side: int, unit: int = 1) -> list[Span]:
@@ -32,40 +33,40 @@ def reserve(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class Plane:
     """One activation `C H W`, kept as row bands so that what has been used can be freed before the rest."""
 
-    def __init__(self, channels: int, rows: list[Span], width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.channels, self.rows, self.width, self.dtype, self.device = channels, rows, width, dtype, device
-        self.bands: list[Tensor | None] = [None] * len(rows)
+    def __init__(self, channels: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.channels, self.height, self.width, self.dtype, self.device = channels, height, width, dtype, device
+        self.rows = spans(height, BAND_ROWS)
+        self.bands: list[Tensor | None] = [None] * len(self.rows)
         self._sums: list[tuple[int, Tensor]] = []
 
     @classmethod
     def of(cls, tensor: Tensor) -> Plane:
         """Return a plane that reads from and writes to `tensor`, `C H W`."""
-        plane = cls(len(tensor), [(0, tensor.shape[1])], tensor.shape[2], tensor.dtype, tensor.device)
-        plane.bands = [tensor]
+        plane = cls(*tensor.shape, tensor.dtype, tensor.device)
+        plane.rows, plane.bands = [(0, plane.height)], [tensor]
         return plane
-
-    @property
-    def height(self) -> int:
-        """Rows of the whole plane."""
-        return self.rows[-1][1]
 
     def read(self, rows: Span, columns: Span, into: Tensor) -> Tensor:
         """Copy that part into `into` (`1 C h w`) and return it."""
-        for (top, bottom), band in zip(self.rows, self.bands, strict=True):
-            first, last = max(top, rows[0]), min(bottom, rows[1])
-            if first < last:
-                part = band[:, first - top : last - top, columns[0] : columns[1]]
-                into[0, :, first - rows[0] : last - rows[0]].copy_(part)
+        for _, band, inner, outer in self._bands_of(rows):
+            into[0, :, outer].copy_(band[:, inner, slice(*columns)])
         return into
 
     def write(self, rows: Span, columns: Span, tile: Tensor) -> None:
-        """Put `1 C h w` in its place; a tile must not cross bands."""
-        number = next(i for i, (top, bottom) in enumerate(self.rows) if top <= rows[0] and rows[1] <= bottom)
-        top, bottom = self.rows[number]
-        if self.bands[number] is None:
-            size = bottom - top, self.width, self.channels
-            self.bands[number] = reserve(size, self.dtype, self.device).permute(2, 0, 1)
-        self.bands[number][:, rows[0] - top : rows[1] - top, columns[0] : columns[1]].copy_(tile[0])
+        """Put `1 C h w` in its place."""
+        for number, band, inner, outer in self._bands_of(rows):
+            if band is None:
+                top, bottom = self.rows[number]
+                size = bottom - top, self.width, self.channels
+                band = self.bands[number] = reserve(size, self.dtype, self.device).permute(2, 0, 1)
+            band[:, inner, slice(*columns)].copy_(tile[0, :, outer])
+
+    def _bands_of(self, rows: Span) -> Iterator[tuple[int, Tensor | None, slice, slice]]:
+        """Yield number and band of those that meet `rows`, and the common rows counted in the band and in `rows`."""
+        for number, ((top, bottom), band) in enumerate(zip(self.rows, self.bands, strict=True)):
+            first, last = max(top, rows[0]), min(bottom, rows[1])
+            if first < last:
+                yield number, band, slice(first - top, last - top), slice(first - rows[0], last - rows[0])
 
     def free(self, before: int) -> None:
         """Drop the bands that lie wholly above row `before`."""

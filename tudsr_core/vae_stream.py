@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from .vae_graph import Attention, Conv, Step, grids, read_affine
+from .vae_graph import Attention, Step, grids, read_affine
 from .vae_planes import Lane, Plane, Span, attend, reserve, spans
 
 log = logging.getLogger(__name__)
@@ -58,21 +58,23 @@ def cut(steps: list[Step], start: Fraction, size: tuple[int, int], tiling: Tilin
     """Yield each step with the rows and columns of its output's tiles; `size` is the input's, on grid `start`.
 
     Coarse grids get tiles as heavy as the finest one's, that is, of nearly as many positions: small
-    ones would be mostly halo. Attention keeps to the tile, which is what its queries and windows are.
+    ones would be mostly halo. Tiles are up to twice as wide as the square of that weight, because a
+    flat row of tiles lets the plane it reads be freed sooner. Attention keeps to the square, which is
+    what its queries and windows are.
     """
     heaviest = max(max(step.channels) for step, scale in grids(steps, start) if scale == 1)
     for step, scale in grids(steps, start):
-        resample = getattr(step, "resample", "")
+        factor = {"": Fraction(1), "up": Fraction(2), "down": Fraction(1, 2)}[getattr(step, "resample", "")]
+        height, width = (int(length * factor) for length in size)
         side = tiling.tile_px * scale
-        if isinstance(step, Conv):
-            side = max(side, tiling.tile_px * min(1, heaviest / max(step.channels)) ** 0.5)
-        side = max(1, int(side))
-        if resample == "up":
-            rows, columns = (spans(2 * length, side, 2) for length in size)
+        if isinstance(step, Attention):
+            yield step, (spans(height, max(1, int(side))), spans(width, max(1, int(side))))
         else:
-            rows, columns = (spans(length // (2 if resample == "down" else 1), side) for length in size)
-        size = rows[-1][1], columns[-1][1]
-        yield step, (rows, columns)
+            side = max(side, tiling.tile_px * min(1, heaviest / max(step.channels)) ** 0.5)
+            unit = 2 if step.resample == "up" else 1
+            columns = spans(width, max(1, int(2 * side)), unit)
+            yield step, (spans(height, max(1, int(side**2 / (columns[0][1] or 1))), unit), columns)
+        size = height, width
 
 
 def count_tiles(steps: list[Step], start: Fraction, size: tuple[int, int], tiling: Tiling) -> int:
@@ -140,7 +142,7 @@ class _Pass:
         return self._attend() if isinstance(self.step, Attention) else self._convolve()
 
     def _plane(self, channels: int, dtype: torch.dtype) -> Plane:
-        return Plane(channels, self.grid[0], self.grid[1][-1][1], dtype, self.home)
+        return Plane(channels, self.grid[0][-1][1], self.grid[1][-1][1], dtype, self.home)
 
     def _convolve(self) -> tuple[Plane, Plane | None]:
         step, affine, aside = self.step, self._affine(), self.skip

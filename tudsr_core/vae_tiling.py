@@ -66,6 +66,11 @@ class TiledVAE:
                 log.warning("this autoencoder cannot be tiled exactly (%s); it runs on whole pictures", unknown)
             return {}
 
+    @property
+    def tiling(self) -> Tiling:
+        """What is used when nothing else is asked for: on a CPU smaller tiles, which save memory and cost little."""
+        return Tiling(256) if self.steps and self.place.device.type == "cpu" else Tiling()
+
     @cached_property
     def reaches(self) -> tuple[Reach | None, Reach | None]:
         """`Reach` of encoder and decoder, None where the network is not local."""
@@ -80,7 +85,7 @@ class TiledVAE:
     @torch.no_grad()
     def encode(self, pixels: Tensor, on_tile: Callable[[], None], tiling: Tiling | None = None) -> Tensor:
         """Return moments or latents, float32 on the CPU, of `B 3 H W` in 0..1."""
-        tiling = tiling or Tiling()
+        tiling = tiling or self.tiling
         if self._streams("encoder"):
             return self._stream("encoder", self.doors.prepare(pixels), on_tile, tiling)
         return run_tiled(self.doors.encode, pixels, self.reaches[0], tiling.tile_px, on_tile)
@@ -88,14 +93,14 @@ class TiledVAE:
     @torch.no_grad()
     def decode(self, z: Tensor, on_tile: Callable[[], None], tiling: Tiling | None = None) -> Tensor:
         """Return pixels `B 3 H W`, nominally 0..1, float32 on the CPU, of unscaled latents."""
-        tiling = tiling or Tiling()
+        tiling = tiling or self.tiling
         if self._streams("decoder"):
             return self.doors.finish(self._stream("decoder", z, on_tile, tiling))
         return run_tiled(self.doors.decode, z, self.reaches[1], tiling.tile_px // self.scale, on_tile)
 
     def count(self, side: Side, size: tuple[int, int], tiling: Tiling | None = None) -> int:
         """Return how often `on_tile` will be called for one picture of `size` pixels."""
-        tiling = tiling or Tiling()
+        tiling = tiling or self.tiling
         if side in self.steps:
             small = tuple(length // self.scale for length in size)
             return count_tiles(self.steps[side], self._start(side), small if side == "decoder" else size, tiling)
@@ -103,7 +108,7 @@ class TiledVAE:
 
     def tile_bytes(self, tiling: Tiling | None = None) -> int:
         """Return the peak memory of one tile on the device."""
-        tiling = tiling or Tiling()
+        tiling = tiling or self.tiling
         return max(
             (_tile_bytes(self.steps[s], self._start(s), tiling, self.place.dtype) for s in self.steps), default=0
         )
