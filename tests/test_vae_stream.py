@@ -227,7 +227,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
-def device_peak(vae, start, z, tiling, monkeypatch):
+def device_peak(vae, start, z, tiling, monkeypatch, side="decoder"):
     """Return the most bytes alive at once on the device, which on a CPU is all but the planes."""
     live = LiveBytes()
 
@@ -241,7 +241,7 @@ def device_peak(vae, start, z, tiling, monkeypatch):
         monkeypatch.setattr(module, "reserve", uncounted)
     live.count(z, 0)
     with live:
-        run_steps(read_steps(vae, "decoder"), start, z, place(z.dtype), tiling, lambda: None)
+        run_steps(read_steps(vae, side), start, z, place(next(vae.parameters()).dtype), tiling, lambda: None)
     return live.peak
 
 

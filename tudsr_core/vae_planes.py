@@ -118,16 +118,26 @@ class Lane:
             for job in jobs:
                 yield job, fetch(job)
             return
-        waiting: tuple[Job, tuple] | None = None
+        compute, waiting = torch.cuda.current_stream(self.device), None
         for job in jobs:
-            ready, waiting = waiting, (job, fetch(job))
+            parts, brought = fetch(job), torch.cuda.Event()
+            brought.record(self._streams[0])
+            ready, waiting = waiting, (job, parts, brought)
+            del parts
             if ready is not None:
-                yield ready
+                compute.wait_event(ready[2])
+                yield ready[:2]
         if waiting is not None:
-            yield waiting
+            compute.wait_event(waiting[2])
+            yield waiting[:2]
+
+    def arrive(self) -> None:
+        """Let the computation wait for all that has been fetched outside `feed`."""
+        if self.ahead:
+            torch.cuda.current_stream(self.device).wait_stream(self._streams[0])
 
     def fetch(self, plane: Plane, rows: Span, columns: Span) -> Tensor:
-        """Return that part of the plane, `1 C h w`, as a new tensor on the compute device."""
+        """Return that part of the plane, `1 C h w`, as a new tensor on the compute device, after `feed` or `arrive`."""
         size = 1, plane.channels, rows[1] - rows[0], columns[1] - columns[0]
         crossing = self.ahead and plane.device.type == "cpu"
         where = dict(dtype=plane.dtype, device=plane.device, pin_memory=crossing)
@@ -136,9 +146,7 @@ class Lane:
             return part.to(self.device)
         with torch.cuda.stream(self._streams[0]):
             moved = part.to(self.device, non_blocking=True)
-        compute = torch.cuda.current_stream(self.device)
-        compute.wait_stream(self._streams[0])
-        moved.record_stream(compute)
+        moved.record_stream(torch.cuda.current_stream(self.device))
         return moved
 
     def store(self, plane: Plane, rows: Span, columns: Span, tile: Tensor) -> None:
@@ -150,8 +158,9 @@ class Lane:
         out = self._streams[1]
         out.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(out):
-            host = torch.empty(tile.shape, dtype=tile.dtype, pin_memory=True)
-            host.copy_(tile, non_blocking=True)
+            dense = tile.contiguous(memory_format=torch.channels_last)
+            host = torch.empty(tile.shape, dtype=tile.dtype, pin_memory=True, memory_format=torch.channels_last)
+            host.copy_(dense, non_blocking=True)
             tile.record_stream(out)
             done = torch.cuda.Event()
             done.record(out)

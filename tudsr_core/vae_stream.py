@@ -293,7 +293,9 @@ class _Pass:
         """Compute a box; when memory runs out, in halves, and so the boxes after it."""
         sides = [b - a for a, b in box]
         if self.limit is None or sides[0] * sides[1] <= self.limit:
-            parts = self._try(fetch, box) if parts is None else parts
+            if parts is None:
+                parts = self._try(fetch, box)
+                self.lane.arrive()
             if parts is not None and self._try(lambda: compute(box, parts) or True):
                 return
             parts = None
