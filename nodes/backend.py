@@ -25,16 +25,17 @@ from ..tudsr_core.tiles import Tile
 from ..tudsr_core.vae_tiling import draw
 from .conds import crop_conds, is_spatial
 from .exact_vae import ExactVAE, is_out_of_memory
+from .tile_text import TileTexts
 
 PREVIEW_SECONDS = 0.5
 MULTIPLE = 8
 
 
 class ComfyNetworks:
-    """One stage over MODEL, VAE and CONDITIONING."""
+    """One stage over MODEL, VAE and CONDITIONING, or the texts of the tiles in its place."""
 
-    def __init__(self, model: Any, vae: Any, conditioning: list) -> None:
-        self.model, self.vae, self.conditioning = model, vae, conditioning
+    def __init__(self, model: Any, vae: Any, conditioning: list, texts: TileTexts | None = None) -> None:
+        self.model, self.vae, self.conditioning, self.texts = model, vae, conditioning, texts
         self.latent_scale = vae.spacial_compression_encode()
         self.exact_vae = ExactVAE(vae)
 
@@ -89,7 +90,9 @@ class ComfyNetworks:
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": condition})
         guider.set_cfg(1.0)
-        sampler = _OneStepSampler(body)
+        if self.texts:
+            guider.original_conds = self.texts.expand(guider.original_conds)
+        sampler = _OneStepSampler(body, self.texts)
         sigma = float(model.get_model_object("model_sampling").sigma(torch.tensor([t])))
         empty = torch.zeros(z.shape)
         guider.sample(empty, empty, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True)
@@ -103,8 +106,8 @@ class ComfyNetworks:
 class _OneStepSampler(comfy.samplers.Sampler):
     """A ComfyUI sampler whose only step is the core's: it hands `predict` to `body`."""
 
-    def __init__(self, body: Callable[[Predict], Tensor]) -> None:
-        self.body = body
+    def __init__(self, body: Callable[[Predict], Tensor], texts: TileTexts | None = None) -> None:
+        self.body, self.texts = body, texts
         self.result: Tensor | None = None
 
     def sample(
@@ -119,12 +122,21 @@ class _OneStepSampler(comfy.samplers.Sampler):
             denoised = guider(x, sigma.expand(len(x)), **extra_args)
             return ((x - denoised) / sigma).cpu()
 
-        def predict(parts: Tensor, tiles: Sequence[Tile]) -> Tensor:
+        def conds_for(tile: Tile, batch: int) -> dict[str, list]:
+            own = whole
+            if self.texts:
+                planned = self.texts.planned(tile, noise.shape[-2:])
+                own = {name: self.texts.pick(entries, [planned], batch) for name, entries in whole.items()}
             if not is_spatial(whole):
+                return own
+            return {name: crop_conds(entries, tile, noise.shape, hints) for name, entries in own.items()}
+
+        def predict(parts: Tensor, tiles: Sequence[Tile]) -> Tensor:
+            if not (self.texts or is_spatial(whole)):
                 return eps(parts)
             results = []
             for tile, one in zip(tiles, parts.chunk(len(tiles)), strict=True):
-                guider.conds = {name: crop_conds(entries, tile, noise.shape, hints) for name, entries in whole.items()}
+                guider.conds = conds_for(tile, len(one))
                 results.append(eps(one))
             guider.conds = whole
             return torch.cat(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,9 @@ from ..tudsr_core.pipeline import Model, NoisePredictor, Stage
 from ..tudsr_core.plan import StageLimits
 from ..tudsr_core.schedule import OneStep, scaled_linear
 from .backend import ComfyNetworks
+from .tile_text import TileTexts
+
+log = logging.getLogger(__name__)
 
 STAGE_KEY = "tudsr_stage"
 
@@ -53,8 +57,13 @@ def facts_of(model: Any) -> StageFacts | None:
     return model.get_attachment(STAGE_KEY)
 
 
-def build_stage(model: Any, vae: Any, conditioning: list, number: int, timestep: int) -> Stage:
+def build_stage(
+    model: Any, vae: Any, conditioning: list, number: int, timestep: int, tile_prompts: Any = None, clip: Any = None
+) -> Stage:
     """Return stage `number` over ComfyUI's objects; `timestep` 0 takes the adapter's own (or 200 / 50).
+
+    `tile_prompts` (TilePrompts), encoded by `clip`, take the place of `conditioning` where the method
+    was trained with a text per picture, and are ignored with a word where it was not.
 
     Raises ValueError for an adapter of the other stage, for models that do not predict eps on
     Stable Diffusion's schedule, and for a VAE or CONDITIONING of another model.
@@ -68,8 +77,9 @@ def build_stage(model: Any, vae: Any, conditioning: list, number: int, timestep:
     steps = facts.steps_for(number, timestep)
     _check_model(model, steps)
     _check_companions(model, vae, conditioning)
+    texts = _texts(facts, tile_prompts, clip)
     networks = [
-        (weight, ComfyNetworks(_with(model, patches, strength), vae, conditioning))
+        (weight, ComfyNetworks(_with(model, patches, strength), vae, conditioning, texts))
         for weight, patches, strength in facts.branches
     ]
     alone = len(networks) == 1 and networks[0][0] == 1
@@ -80,6 +90,16 @@ def build_stage(model: Any, vae: Any, conditioning: list, number: int, timestep:
         branches=() if alone else tuple(networks),
         predictor=facts.predictor,
     )
+
+
+def _texts(facts: StageFacts, tile_prompts: Any, clip: Any) -> TileTexts | None:
+    if tile_prompts is None:
+        return None
+    about = METHODS[facts.method]
+    if about.prompt is not None:
+        log.warning("tile prompts are ignored: %s (%s) was trained with one fixed text", facts.name, about.title)
+        return None
+    return TileTexts(clip, tile_prompts)
 
 
 def _with(model: Any, patches: dict[str, Any], strength: float) -> Any:

@@ -6,6 +6,7 @@ Which condition belongs to which tile, and rows for a batch of tiles; the plan a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -71,6 +72,11 @@ class TileTexts:
                 f"the tile prompts are for a latent of {wanted[1]} x {wanted[0]}, but the sampled one is "
                 f"{tuple(x.shape)}; make Tile Plan of the same size, best by connecting the latent to it"
             )
+
+    def planned(self, tile: Tile, size: Sequence[int]) -> Tile:
+        """Return the tile of the plan that shares most with `tile` of a latent of `size` (height, width)."""
+        index = self.plan.nearest(tile, replace(self.plan, height=size[0], width=size[1]))
+        return next(planned for planned in self.plan if planned.index == index)
 
     def expand(self, conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
         """Return the sampler's conditions with the tiles' texts in place of positive and negative."""

@@ -12,6 +12,7 @@ from ..tudsr_core.pipeline import UpscaleOptions, upscale
 from ..tudsr_core.plan import StageLimits, Target
 from .backend import Progress
 from .stages import build_stage, combine
+from .tile_text import TilePromptsType
 from .tiles import CATEGORY, DEFAULTS, tile_inputs
 
 MODEL_TIP = "MODEL of stage {}: from Load Embedded TUDSR Model, or SD2.1-base through Load TUDSR Adapter."
@@ -63,6 +64,19 @@ def conditioning_input() -> io.Conditioning.Input:
     return io.Conditioning.Input(
         "conditioning", tooltip="The prompt the adapter was trained with; for TUDSR and OMGSR the empty prompt."
     )
+
+
+def tile_prompt_inputs() -> list:
+    """Return the prompts of the tiles and the CLIP that encodes them."""
+    return [
+        TilePromptsType.Input(
+            "tile_prompts",
+            optional=True,
+            tooltip="A prompt per tile instead of the conditioning, for methods trained with tags (OSEDiff). "
+            "Others ignore it and say so.",
+        ),
+        io.Clip.Input("clip", optional=True, tooltip="The model's text encoder; needed with tile_prompts."),
+    ]
 
 
 def outputs() -> list:
@@ -139,21 +153,33 @@ class Upscale(io.ComfyNode):
                 *target_inputs(),
                 *shared_inputs(),
                 io.Model.Input("stage_two", optional=True, tooltip=MODEL_TIP.format("two") + " Needed above x3 or x4."),
+                *tile_prompt_inputs(),
             ],
             outputs=outputs(),
         )
 
     @classmethod
     def execute(
-        cls, image, stage_one, vae, conditioning, scale, width, height, stage_two=None, mask=None, **options
+        cls,
+        image,
+        stage_one,
+        vae,
+        conditioning,
+        scale,
+        width,
+        height,
+        stage_two=None,
+        mask=None,
+        tile_prompts=None,
+        clip=None,
+        **options,
     ) -> io.NodeOutput:
-        first = build_stage(stage_one, vae, conditioning, 1, 0)
+        first = build_stage(stage_one, vae, conditioning, 1, 0, tile_prompts, clip)
         second = build_stage(stage_two, vae, conditioning, 2, 0) if stage_two is not None else None
         return run(image, mask, combine(first, second), target_from(scale, width, height), options_from(options))
 
 
-def _single(image, model, vae, conditioning, factor, timestep, number, mask, options) -> io.NodeOutput:
-    stage = build_stage(model, vae, conditioning, number, timestep)
+def _single(image, stage, factor, mask, options) -> io.NodeOutput:
     alone = combine(stage, None, StageLimits(first_max=factor, single_up_to=factor))
     return run(image, mask, alone, Target(scale=factor), options_from(options))
 
@@ -183,13 +209,17 @@ class StageOne(io.ComfyNode):
                 ),
                 timestep_input(200),
                 *shared_inputs(),
+                *tile_prompt_inputs(),
             ],
             outputs=outputs(),
         )
 
     @classmethod
-    def execute(cls, image, model, vae, conditioning, factor, timestep, mask=None, **options) -> io.NodeOutput:
-        return _single(image, model, vae, conditioning, factor, timestep, 1, mask, options)
+    def execute(
+        cls, image, model, vae, conditioning, factor, timestep, mask=None, tile_prompts=None, clip=None, **options
+    ) -> io.NodeOutput:
+        stage = build_stage(model, vae, conditioning, 1, timestep, tile_prompts, clip)
+        return _single(image, stage, factor, mask, options)
 
 
 class StageTwo(io.ComfyNode):
@@ -217,4 +247,4 @@ class StageTwo(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, model, vae, conditioning, factor, timestep, mask=None, **options) -> io.NodeOutput:
-        return _single(image, model, vae, conditioning, factor, timestep, 2, mask, options)
+        return _single(image, build_stage(model, vae, conditioning, 2, timestep), factor, mask, options)

@@ -8,6 +8,7 @@ Plain functions and asserts, because pytest is not installed beside ComfyUI.
 """
 
 import asyncio
+import copy
 import importlib.util
 import json
 import math
@@ -662,7 +663,7 @@ def check_exact_vae_sees_patched_and_cast_weights():
     """An adapter on the VAE encoder, weights cast per call, and weights left for loading per call."""
     vae = small_vae(torch.float32)
     plain, image = vae.encode(picture(1, 48, 64)), picture(1, 48, 64)
-    patched = part("nodes.loaders").copy.copy(vae)
+    patched = copy.copy(vae)
     patched.patcher = vae.patcher.clone()
     keys = [key for key in vae.first_stage_model.state_dict() if key.startswith("encoder") and key.endswith("weight")]
     patched.patcher.add_patches(

@@ -366,6 +366,48 @@ def check_prompts_matter_where_they_are():
         assert ((everywhere - before).abs().amax((0, 1)) > 1e-6).all()
 
 
+def one_step_with(method, prompts, sweep_plan, start):
+    """Stage one of a method with tile prompts on a latent; returns z_H."""
+    stages, pipeline, sweep = part("nodes.stages"), part("tudsr_core.pipeline"), part("tudsr_core.sweep")
+    model = stages.attach(stub_model(), stages.StageFacts("an adapter", 1, method))
+    stage = stages.build_stage(model, base.FoldVAE(), text(0.1), 1, 0, prompts, WordClip())
+    with torch.inference_mode():
+        return pipeline.restore_latent(
+            pipeline.Start(start), stage, sweep.Sweep(sweep_plan, "uniform", 2), lambda preview: None
+        )
+
+
+def check_one_step_methods_trained_with_tags_take_tile_prompts():
+    """OSEDiff's step with a text per tile against the average of its tiles written out; other grids find their text."""
+    start, plan = noise(1, 4, 30, 44), tiles_module.plan_tiles(30, 44, 16, 6)
+    prompts = tile_prompts(plan)
+    step = part("tudsr_core.schedule").from_noise_level(999)
+    total, count = torch.zeros_like(start), torch.zeros_like(start)
+    for tile in plan:
+        box = (..., slice(tile.top, tile.top + 16), slice(tile.left, tile.left + 16))
+        context = torch.full((1, 77, 8), word_value(prompts.positive(tile.index)))
+        total[box] += word_eps(start[box], 999.0, context)
+        count[box] += 1
+    ours = one_step_with("osediff", prompts, plan, start)
+    wanted = step.p * start + step.q * total / count
+    assert ((ours - wanted) / step.q).abs().max() < 1e-5, float(((ours - wanted) / step.q).abs().max())
+    coarse = tile_prompts(tiles_module.plan_tiles(15, 22, 8, 3))  # the same picture at half the size
+    assert torch.equal(one_step_with("osediff", coarse, plan, start), ours)
+
+
+def check_one_step_methods_with_a_fixed_text_say_that_they_ignore_tile_prompts():
+    start, plan = noise(1, 4, 20, 24), tiles_module.plan_tiles(20, 24, 16, 6)
+    said = []
+    log = part("nodes.stages").log
+    log.warning, before = (lambda *words: said.append(words[0])), log.warning
+    try:
+        with_prompts = one_step_with("omgsr", tile_prompts(plan), plan, start)
+    finally:
+        log.warning = before
+    assert len(said) == 1 and "ignored" in said[0], said
+    assert torch.equal(with_prompts, one_step_with("omgsr", None, plan, start))
+
+
 def check_the_budget_uses_the_clips_own_tokens():
     plan, clip = tiles_module.plan_tiles(16, 16, 16, 0), WordClip()
     prompts = tile_prompts(plan, [", ".join(f"w{i}" for i in range(80))], prefix="photo", suffix="clean, 8k")
