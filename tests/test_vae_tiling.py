@@ -1,0 +1,100 @@
+import pytest
+import torch
+from small_vae import contents, make_vae
+from test_vae_stream import place
+
+from tudsr_core import vae_tiling
+from tudsr_core.vae_graph import run_untiled
+from tudsr_core.vae_tiling import Doors, TiledVAE, Tiling, draw
+
+
+def tiled_vae(vae, free=0):
+    doors = Doors(
+        encode=lambda x: vae.encode(x * 2 - 1).latent_dist.parameters,
+        decode=lambda z: vae.decode(z).sample / 2 + 0.5,
+        prepare=lambda x: x * 2 - 1,
+        finish=lambda x: x / 2 + 0.5,
+    )
+    return TiledVAE(vae, doors, 8, 4, place(next(vae.parameters()).dtype), lambda: free)
+
+
+def test_encode_and_decode_are_the_untiled_ones_with_their_scaling():
+    vae = make_vae()
+    ours, tiling, ticks = tiled_vae(vae), Tiling(64), []
+    pixels, z = contents(3, 120, 136)["random"].sigmoid(), contents(4, 15, 17)["gradient"]
+    moments = ours.encode(pixels, lambda: ticks.append(1), tiling)
+    assert (moments - vae.encode(pixels * 2 - 1).latent_dist.parameters).abs().max() < 1e-12
+    assert len(ticks) == 2 * ours.count("encoder", (120, 136), tiling)
+    decoded = ours.decode(z, lambda: ticks.append(1), tiling)
+    assert (decoded - (vae.decode(z).sample / 2 + 0.5)).abs().max() < 1e-12
+    assert not decoded.requires_grad
+    both = sum(ours.count(side, (120, 136), tiling) for side in ("encoder", "decoder"))
+    assert len(ticks) == 2 * both
+
+
+def test_weights_are_read_at_each_call():
+    vae = make_vae()
+    ours, z = tiled_vae(vae), contents(4, 8, 8, 1)["random"]
+    before = ours.decode(z, lambda: None)
+    vae.decoder.mid_block.resnets[0].norm1.weight.mul_(1.5)
+    vae.decoder.conv_in.weight.mul_(0.5)
+    after = ours.decode(z, lambda: None)
+    assert (after - (vae.decode(z).sample / 2 + 0.5)).abs().max() < 1e-12
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_an_unknown_tree_runs_whole_and_says_so(caplog):
+    vae, ticks = make_vae(), []
+    vae.decoder.extra = torch.nn.Identity()
+    ours, z = tiled_vae(vae), contents(4, 8, 8)["random"]
+    assert torch.equal(ours.decode(z, lambda: ticks.append(1)), vae.decode(z).sample / 2 + 0.5)
+    assert len(ticks) == 1 == ours.count("decoder", (64, 64))
+    assert "whole pictures" in caplog.text and "extra" in caplog.text
+    assert not ours.is_tiled
+
+
+def test_steps_that_do_not_give_the_modules_result_are_not_used(caplog):
+    vae = make_vae()
+    forward = vae.decoder.forward
+    vae.decoder.forward = lambda z: forward(z.flip(-1))  # the tree looks right, the order does not show in it
+    ours, z = tiled_vae(vae), contents(4, 8, 8, 1)["random"]
+    assert torch.equal(ours.decode(z, lambda: None), vae.decode(z).sample / 2 + 0.5)
+    assert "whole pictures" in caplog.text
+    pixels = contents(3, 64, 64, 1)["random"]
+    assert (
+        ours.encode(pixels, lambda: None, Tiling(32)) - run_untiled(vae, "encoder", pixels * 2 - 1)
+    ).abs().max() < 1e-12
+
+
+def test_planes_go_where_they_fit(monkeypatch):
+    vae, seen = make_vae(torch.float32), []
+    monkeypatch.setattr(vae_tiling, "run_steps", lambda *args: seen.append(args[4].planes) or torch.zeros(1, 3, 64, 64))
+    monkeypatch.setattr(TiledVAE, "_agrees", lambda self, side: True)
+    z = torch.zeros(1, 4, 8, 8)
+    ours = tiled_vae(vae)
+    needed = ours.plane_bytes(64 * 64, "decoder") + 2 * ours.tile_bytes(Tiling(64))
+    for device, free in (("cpu", 0), ("cuda", needed + 1), ("cuda", needed)):
+        ours = tiled_vae(vae, free)
+        ours.place = vae_tiling.Place(torch.device(device), torch.float32, lambda error: False)
+        ours.decode(z, lambda: None, Tiling(64))
+    assert seen == ["device", "device", "host"]
+
+
+def test_planes_of_sd_take_a_kilobyte_per_pixel():
+    wide = make_vae(torch.float32, block_out_channels=(128, 256, 512, 512), norm_num_groups=32, layers_per_block=1)
+    assert tiled_vae(wide).plane_bytes(1) == 4 * 256
+    assert tiled_vae(wide).plane_bytes(10, "encoder") == 10 * 4 * 256
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_draw_is_mean_plus_deviation_times_noise(channels):
+    moments = contents(channels, 3, 5)["random"].float() * 40
+    assert torch.equal(draw(moments, 4, None), moments[:, :4])
+    drawn = draw(moments, 4, 7)
+    if channels == 4:
+        assert torch.equal(drawn, moments)
+        return
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    wanted = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(7))
+    assert (drawn - wanted).abs().max() <= 1e-4 * wanted.abs().max()
