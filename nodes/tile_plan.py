@@ -9,7 +9,7 @@ from ..tudsr_core.image import resize
 from ..tudsr_core.prompts import cut_tiles
 from ..tudsr_core.tiles import TilePlan, plan_tiles
 from .plan import draw_tiles
-from .tiles import CATEGORY, tile_inputs
+from .tiles import CATEGORY, sampling_tile_inputs
 
 LATENT_PX = 8
 TilePlanType = io.Custom("TILE_PLAN")
@@ -62,7 +62,7 @@ class PlanTiles(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        tile, overlap, _, _ = tile_inputs()
+        tile, overlap = sampling_tile_inputs()
         return io.Schema(
             node_id="TUDSRTilePlan",
             display_name="Tile Plan",

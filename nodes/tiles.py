@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tudsr_core.pipeline import UpscaleOptions
+from ..tudsr_core.plan import AUTO_TILES_PX
 from ..tudsr_core.tiles import Canvas, Tile, TilePlan, Window, plan_tiles
 from .backend import estimate_memory_for
 from .conds import HintCache, crop_conds, is_spatial
@@ -104,17 +105,25 @@ class TiledPrediction:
         )
 
 
+def sampling_tile_inputs() -> list:
+    """Return tile and overlap for samplers, which work at the side that the model was trained at."""
+    tile, overlap, _, _ = tile_inputs()
+    tile.default, tile.min = AUTO_TILES_PX[0], 64
+    tile.tooltip = "Side of a tile in output pixels. Models trained at 512 px are best at 512, those at 768 at 768."
+    return [tile, overlap]
+
+
 def tile_inputs(defaults: UpscaleOptions = DEFAULTS) -> list:
     """Return the inputs tile, overlap, tile batch and window, with the core's defaults."""
     return [
         io.Int.Input(
             "tile",
             default=defaults.tile_px,
-            min=64,
+            min=0,
             max=4096,
             step=64,
-            tooltip="Side of a tile in output pixels. Raise it for fewer, slower tiles and wider context; "
-            "lower it when memory runs out. Models trained at 512 px are best at 512.",
+            tooltip="Side of a tile in output pixels. 0: from 512 to 640, whichever computes least for the picture. "
+            "Raise it for fewer, slower tiles and wider context; lower it when memory runs out.",
         ),
         io.Int.Input(
             "overlap",
@@ -148,7 +157,7 @@ class MultiDiffusion(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        tile, overlap, tile_batch, window = tile_inputs()
+        _, _, tile_batch, window = tile_inputs()
         window.default = "uniform"
         # ComfyUI plans this MODEL's memory before the sampler runs, so the batch must be known.
         tile_batch.default = tile_batch.min = 1
@@ -160,8 +169,7 @@ class MultiDiffusion(io.ComfyNode):
             "and are drawn at the model's native size. Areas, masks and ControlNet hints are cut per tile.",
             inputs=[
                 io.Model.Input("model", tooltip="Any Stable Diffusion model."),
-                tile,
-                overlap,
+                *sampling_tile_inputs(),
                 tile_batch,
                 window,
                 io.Boolean.Input(

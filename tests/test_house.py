@@ -11,6 +11,7 @@ CORE = ROOT / "tudsr_core"
 # A module may import only from ranks below its own.
 RANKS = [
     {"files", "image", "schedule", "tiles", "known_files", "download", "vae_graph", "vae_planes", "vae_reach"},
+    {"vae_layers"},
     {"color", "metrics", "plan", "prompts", "vae_stream", "filter_bank", "methods", "models.swin", "tensor_files"},
     {"adapters", "edits", "models.invsr", "models.ram", "prompters", "vae_tiling", "sweep"},
     {"captions", "formats", "models.dape"},

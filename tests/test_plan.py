@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tudsr_core.plan import NetworkFacts, StageLimits, Target, plan_upscale, split_factor
+from tudsr_core.plan import NetworkFacts, StageLimits, Target, fit_tile, plan_upscale, split_factor
 
 SD = NetworkFacts(latent_scale=8, multiple=64, weight_bytes=2**30, tile_bytes_per_pixel=1000)
 
@@ -88,11 +88,44 @@ def test_plan_of_an_extreme_strip():
 
 def test_plan_counts_calls_and_speaks_plainly():
     plan = plan_upscale((256, 256), Target(scale=8), SD, StageLimits())
-    assert [len(stage.tiles) for stage in plan.stages] == [9, 25]
-    assert plan.calls == 34
+    assert [len(stage.tiles) for stage in plan.stages] == [4, 25]
+    assert plan.calls == 29
     text = "\n".join(plan.describe())
-    assert "256 x 256 to 2048 x 2048, 34 network calls" in text
+    assert "256 x 256 to 2048 x 2048, 29 network calls" in text
+    assert "stage 1: x4 to 1024 x 1024, 4 tiles of 576 x 576" in text
     assert "stage 2: x2 to 2048 x 2048, 25 tiles of 512 x 512" in text
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "count"),
+    [
+        ((300, 512), (512, 512), 1),
+        ((576, 640), (576, 640), 1),
+        ((704, 1024), (512, 576), 4),
+        ((1024, 1024), (576, 576), 4),
+        ((2048, 2048), (512, 512), 25),
+        ((4096, 4096), (576, 576), 81),
+    ],
+)
+def test_the_tile_fits_the_picture(size, tile, count):
+    """Sides and counts worked out by hand: 2 x 576 - 1024 = 128, 5 x 512 - 2048 = 4 x 128."""
+    assert fit_tile(size, 128, SD) == tile
+    stage = plan_upscale(size, Target(scale=1), SD, StageLimits()).stages[-1]
+    assert len(stage.tiles) == count
+    starts = stage.tiles.tops, stage.tiles.lefts
+    for offsets, side in zip(starts, (stage.tiles.tile_height, stage.tiles.tile_width), strict=True):
+        assert all(a + side - b >= 16 for a, b in zip(offsets, offsets[1:], strict=False))
+
+
+@given(st.integers(1, 80), st.integers(1, 80))
+def test_a_fitted_tile_never_computes_more_than_one_of_512(height, width):
+    size = height * 64, width * 64
+
+    def latents(tile_px):
+        tiles = plan_upscale(size, Target(scale=1), SD, StageLimits(), tile_px=tile_px).stages[-1].tiles
+        return len(tiles) * tiles.tile_height * tiles.tile_width
+
+    assert latents(0) <= latents(512)
 
 
 def test_an_autoencoder_that_cannot_be_tiled_needs_memory_for_the_whole_picture():

@@ -1,11 +1,8 @@
-import copy
-
 import pytest
-import torch
 from small_vae import make_vae
 from torch import nn
 
-from tudsr_core.vae_graph import Attention, Conv, UnknownTree, read_affine, read_steps
+from tudsr_core.vae_graph import Attention, Conv, UnknownTree, read_steps
 
 
 def test_the_passes_of_sd_are_those_of_its_layers():
@@ -52,25 +49,3 @@ def test_other_autoencoders_are_refused():
     for vae in (nn.Linear(2, 2), nn.ModuleDict({"encoder": nn.Conv2d(3, 4, 3)})):
         with pytest.raises(UnknownTree):
             read_steps(vae, "encoder")
-
-
-def test_the_affine_of_a_norm_is_what_its_call_uses():
-    """Also where the module changes its weights on the way, as casting and patching layers do."""
-
-    class Doubling(nn.GroupNorm):
-        def forward(self, x):
-            return nn.functional.group_norm(x, self.num_groups, self.weight * 2, self.bias + 1, self.eps)
-
-    norm = Doubling(4, 8, eps=1e-3)
-    nn.init.normal_(norm.weight)
-    plain = copy.deepcopy(norm)
-    weight, bias, groups, eps = read_affine(norm, torch.empty(0))
-    assert torch.equal(weight, plain.weight * 2) and torch.equal(bias, plain.bias + 1)
-    assert (groups, eps) == (4, 1e-3)
-
-    class Silent(nn.GroupNorm):
-        def forward(self, x):
-            return x
-
-    with pytest.raises(UnknownTree, match="Silent"):
-        read_affine(Silent(4, 8), torch.empty(0))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tudsr_core.vae_planes import Plane, attend, spans
+from tudsr_core.vae_planes import Plane, spans
 
 CPU = torch.device("cpu")
 
@@ -51,12 +51,3 @@ def test_statistics_of_tiles_are_those_of_the_plane(offset, noise):
     assert plane.is_finite()
     plane.measure(torch.full((1, 12, 1, 1), torch.inf))
     assert not plane.is_finite()
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_attention_in_chunks_is_softmax_over_all_keys(chunk):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, 8, generator=generator).double() * 4 for n in (5, 64, 64))
-    scores = (q @ k.mT) / 8**0.5
-    wanted = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v
-    assert (attend(q, k, v, chunk) - wanted).abs().max() < 1e-12

@@ -80,7 +80,9 @@ def upscale(
     tokenizer: TokenizerOption = None,
     device: DeviceOption = Device.auto,
     dtype: PrecisionOption = Precision.fp32,
-    tile: Annotated[int | None, typer.Option(help="Tile side in pixels; lower it if memory runs out.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="Tile side in pixels; default: 512 to 640, as computes least.")
+    ] = None,
     overlap: Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles in pixels.")] = None,
     tile_batch: Annotated[
         int | None, typer.Option(help="Tiles computed at once on a GPU; default: as many as fit.")

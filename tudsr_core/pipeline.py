@@ -109,9 +109,13 @@ class Model:
 
 @dataclass(frozen=True)
 class UpscaleOptions:
-    """How to run; none of these changes what the networks are. `tile_batch` 0: as many as fit in free memory."""
+    """How to run; none of these changes what the networks are.
 
-    tile_px: int = 512
+    `tile_px` 0: the side that takes least computing, from 512 to 640. `tile_batch` 0: as many as fit
+    in free memory.
+    """
+
+    tile_px: int = 0
     overlap_px: int = 128
     tile_batch: int = 0
     window: Window = "gaussian"
@@ -230,7 +234,7 @@ def _plan_sweep(part: StagePlan, facts: NetworkFacts, options: UpscaleOptions, p
     scale, unit = facts.latent_scale, facts.multiple // facts.latent_scale
     sweep = Sweep(part.tiles, options.window, options.tile_batch, unit, scale, progress.expect)
     side = options.tile_px // scale
-    if side < max(part.tiles.tile_height, part.tiles.tile_width):
+    if 0 < side < max(part.tiles.tile_height, part.tiles.tile_width):
         sweep.tiles = plan_tiles(part.tiles.height, part.tiles.width, side, options.overlap_px // scale, multiple=unit)
     sweep.batch = options.tile_batch or fitting_batch(sweep.tiles, facts)
     return sweep

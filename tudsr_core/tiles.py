@@ -111,9 +111,15 @@ class TilePlan:
 
 
 def plan_tiles(
-    height: int, width: int, tile: int, overlap: int, *, multiple: int = 1, spacing: Spacing = "even"
+    height: int,
+    width: int,
+    tile: int | tuple[int, int],
+    overlap: int,
+    *,
+    multiple: int = 1,
+    spacing: Spacing = "even",
 ) -> TilePlan:
-    """Cover `height x width` with square tiles of side `tile` that overlap by at least `overlap`.
+    """Cover `height x width` with tiles of side `tile` (or height and width) that overlap by at least `overlap`.
 
     A picture smaller than the tile gets one tile of its own size; both sides of a tile are then
     as large as the picture allows. Offsets are multiples of `multiple`. `spacing="even"` spreads
@@ -124,11 +130,12 @@ def plan_tiles(
     """
     if min(height, width) < 1:
         raise ValueError(f"cannot tile {width} x {height}; both sides must be at least 1")
-    if tile < 1:
+    wanted = (tile, tile) if isinstance(tile, int) else tile
+    if min(wanted) < 1:
         raise ValueError(f"tile is {tile}; it must be at least 1")
-    if not 0 <= overlap < tile:
+    if not 0 <= overlap < min(wanted):
         raise ValueError(f"overlap {overlap} must be at least 0 and smaller than the tile ({tile})")
-    sides = min(tile, height), min(tile, width)
+    sides = min(wanted[0], height), min(wanted[1], width)
     tops, lefts = (
         _offsets(length, side, overlap, multiple, spacing) for length, side in zip((height, width), sides, strict=True)
     )

@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 
 class UnknownTree(ValueError):
@@ -262,30 +260,3 @@ def _base(module: nn.Module) -> nn.Module:
 
 def _kernel(module: nn.Module) -> int:
     return _base(module).kernel_size[0]
-
-
-def read_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, int, float]:
-    """Return weight, bias, groups and eps that `norm` uses on `like`'s device and dtype.
-
-    The module is called on one pixel and its group_norm is overheard, so that whatever it does to
-    its weights first (casting, patching, fetching them) has been done.
-    """
-    with _Overhear() as heard, torch.no_grad():
-        norm(torch.zeros(1, norm.num_channels, 1, 1, device=like.device, dtype=like.dtype))
-    if heard.found is None:
-        raise UnknownTree(f"{type(norm).__name__} does not call group_norm")
-    return heard.found
-
-
-class _Overhear(TorchFunctionMode):
-    found: tuple[Tensor, Tensor, int, float] | None = None
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is nn.functional.group_norm:
-            return self._keep(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-    def _keep(self, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-        # Cloned now: a caster may reuse the buffers after the call.
-        self.found = weight.detach().clone(), bias.detach().clone(), num_groups, eps
-        return x

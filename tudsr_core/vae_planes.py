@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 Span = tuple[int, int]
 Job = TypeVar("Job")
@@ -76,10 +75,10 @@ class Plane:
 
     def measure(self, tile: Tensor) -> None:
         """Add a tile `1 C h w` to the statistics; tiles must partition the plane, without halo."""
-        values = tile[0].to(torch.promote_types(tile.dtype, torch.float32))
-        mean = values.mean((1, 2))
-        off = (values - mean[:, None, None]).flatten(1)
-        self._sums.append((off.shape[1], torch.stack([mean, torch.linalg.vecdot(off, off)])))
+        # By pixel, then channel: as tiles lie in memory.
+        values = tile[0].permute(1, 2, 0).flatten(0, 1).to(torch.promote_types(tile.dtype, torch.float32))
+        mean = values.mean(0)
+        self._sums.append((len(values), torch.stack([mean, (values - mean).square_().sum(0)])))
 
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU.
@@ -173,26 +172,3 @@ class Lane:
             done, plane, rows, columns, host = self._pending.pop(0)
             done.synchronize()
             plane.write(rows, columns, host)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for `heads n d` against `heads N d`, exact whatever `chunk`.
-
-    Keys are brought to q's device `chunk` at a time, and partial results merged by their maximum
-    and sum (online softmax, Milakov and Gimelshein 2018).
-    """
-    if k.shape[1] <= chunk:
-        return scaled_dot_product_attention(q[None], k.to(q.device)[None], v.to(q.device)[None])[0]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scaled = q.to(wide) * q.shape[-1] ** -0.5
-    top = scaled.new_full((*q.shape[:2], 1), -torch.inf)
-    total, mixed = torch.zeros_like(top), torch.zeros_like(scaled)
-    for keys, values in zip(k.split(chunk, 1), v.split(chunk, 1), strict=True):
-        logits = scaled @ keys.to(q.device, wide).mT
-        higher = torch.maximum(top, logits.amax(-1, keepdim=True))
-        weights = logits.sub_(higher).exp_()
-        fade = (top - higher).exp_()
-        total = total * fade + weights.sum(-1, keepdim=True)
-        mixed = mixed * fade + weights @ values.to(q.device, wide)
-        top = higher
-    return (mixed / total).to(q.dtype)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from .vae_graph import Attention, Step, grids, read_affine
-from .vae_planes import Lane, Plane, Span, attend, reserve, spans
+from .vae_graph import Attention, Step, grids
+from .vae_layers import attend, double, read_affine, read_doubling, scale_and_shift
+from .vae_planes import Lane, Plane, Span, reserve, spans
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class _Pass:
         return Plane(channels, self.grid[0][-1][1], self.grid[1][-1][1], dtype, self.home)
 
     def _convolve(self) -> tuple[Plane, Plane | None]:
-        step, affine, aside = self.step, self._affine(), self.skip
+        step, affine, aside, phases = self.step, self._affine(), self.skip, self._phases()
         closing = step.skip == "close"
         y = self.out or self._plane(step.channels[1], self._joined(self.skip) if closing else self.dtype)
         if closing:
@@ -158,7 +159,11 @@ class _Pass:
             return part, self.lane.fetch(self.skip, *box) if closing else None
 
         def compute(box: Box, parts: tuple[Tensor, Tensor | None]) -> None:
-            tile, put_aside = self._convolve_tile(affine, box, *parts)
+            if phases is not None:
+                rims = [(first == 0, last == 2 * length) for (first, last), length in self._axes(box)]
+                tile, put_aside = double(parts[0].to(self.dtype), *phases, rims), None
+            else:
+                tile, put_aside = self._convolve_tile(affine, box, *parts)
             self._store(y, box, tile, self.measure)
             if put_aside is not None:
                 self._store(aside, box, put_aside, self.place.dtype == torch.float16)
@@ -188,13 +193,17 @@ class _Pass:
         core = _core((self._source(*axis)[2] for axis in self._axes(box)), box)
         put_aside = step.shortcut(part[core].to(self.dtype)) if step.shortcut is not None else None
         if affine is not None:
-            part = silu(_apply(affine, part), inplace=True)
+            part = silu(scale_and_shift(affine, part), inplace=True)
         # The module pads with zeros: right at true borders, and elsewhere only the cropped rim sees it.
         y = step.module(part.to(self.dtype))[core]
         if skip is not None:
             y = y.add_(skip) if y.dtype == self._joined(self.skip) else y + skip
             y = y if step.divide == 1 else y / step.divide
         return y, put_aside
+
+    def _phases(self) -> tuple[Tensor, Tensor | None] | None:
+        like = torch.empty(0, device=self.place.device, dtype=self.dtype)
+        return read_doubling(self.step.module, self.x.channels, like) if self.step.resample == "up" else None
 
     def _attend(self) -> tuple[Plane, Plane | None]:
         affine, windowed = self._affine(), self.tiling.attention == "windowed"
@@ -209,7 +218,7 @@ class _Pass:
         def compute(box: Box, parts: tuple[Tensor]) -> None:
             core = _core((span[0] - wide[0] for span, wide in zip(box, around(box), strict=True)), box)
             residual = parts[0][core].clone()
-            normed = _apply(affine, parts[0]).to(self.dtype)
+            normed = scale_and_shift(affine, parts[0]).to(self.dtype)
             keys, values = memory or (self._tokens(module, normed) for module in (self.step.k, self.step.v))
             mixed = attend(self._tokens(self.step.q, normed[core]), keys, values, self._chunk(keys))
             tile = self._project(mixed, box) + residual
@@ -230,7 +239,7 @@ class _Pass:
 
         def compute(box: Box, parts: tuple[Tensor]) -> None:
             nonlocal filled
-            normed = _apply(affine, parts[0]).to(self.dtype)
+            normed = scale_and_shift(affine, parts[0]).to(self.dtype)
             tokens = [self._tokens(module, normed) for module in (self.step.k, self.step.v)]
             if not memory:
                 size = tokens[0].shape[0], self.x.height * self.x.width, tokens[0].shape[2]
@@ -332,8 +341,3 @@ def _halves(box: Box) -> tuple[Box, Box]:
     if tall:
         return ((first, middle), columns), ((middle, last), columns)
     return (rows, (first, middle)), (rows, (middle, last))
-
-
-def _apply(affine: tuple[Tensor, Tensor], part: Tensor) -> Tensor:
-    """Return scale x + shift, in place where the dtype allows."""
-    return part.to(affine[0].dtype).mul_(affine[0]).add_(affine[1])
