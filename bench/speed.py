@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +20,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from harness import measure, take_turns
 
 from tudsr_core.evaluation import lanczos
 from tudsr_core.image import resize
@@ -62,22 +60,18 @@ def plain(model, image: torch.Tensor, factor: int) -> torch.Tensor:
     return image
 
 
-def measure(method: str, side: int, factor: int) -> dict[str, float]:
-    """Run one method once in this process; memory is the growth of the peak over the loaded model."""
+def run_here(method: str, side: int, factor: int) -> dict[str, float]:
+    """Measure one method in this process."""
     image = picture(side)
     model = None if method == "lanczos" else load_embedded("cpu")
     if model:
         upscale(image[..., :16, :16], model, Target(scale=8))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    if method == "lanczos":
-        lanczos(image, (side * factor, side * factor))
-    elif method == "plain":
-        plain(model, image, factor)
-    else:
-        upscale(image, model, Target(scale=factor), UpscaleOptions())
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    works = {
+        "lanczos": lambda: lanczos(image, (side * factor, side * factor)),
+        "plain": lambda: plain(model, image, factor),
+        "ours": lambda: upscale(image, model, Target(scale=factor), UpscaleOptions()),
+    }
+    return measure(works[method])[1]
 
 
 def main() -> None:
@@ -88,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         method, side, factor = args.one
-        sys.stdout.write(json.dumps(measure(method, int(side), int(factor))))
+        sys.stdout.write(json.dumps(run_here(method, int(side), int(factor))))
         return
     rows = [
         "| case | method | s | s / MP | peak MiB over the model | time / plain | memory / plain |",
@@ -96,13 +90,8 @@ def main() -> None:
     ]
     for case in args.sizes:
         side, factor = (int(part) for part in case.split("x"))
-        results = {method: [] for method in METHODS}
-        for _ in range(args.repeat):
-            for method in METHODS:
-                command = [sys.executable, __file__, "--one", method, str(side), str(factor)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                results[method].append(json.loads(done.stdout))
-        middle = {m: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for m, runs in results.items()}
+        commands = {m: [sys.executable, __file__, "--one", m, str(side), str(factor)] for m in METHODS}
+        middle = take_turns(commands, args.repeat)
         pixels = (side * factor) ** 2 / 1e6
         for method in METHODS:
             own, base = middle[method], middle["plain"]
