@@ -47,8 +47,8 @@ from tudsr_core.vae_tiling import Tiling
 COMFYUI = {"ComfyUI, untiled nodes": "whole", "ComfyUI, tiled nodes": "tiled", "ours in ComfyUI": "ours"}
 METHODS = {
     "stage": ("published", "untiled", "ours"),
-    "decode": ("untiled", "diffusers tiles", "exact 512", "exact 256", "exact 256, doubling not folded"),
-    "encode": ("untiled", "diffusers tiles", "exact 512", "exact 256"),
+    "decode": ("untiled", "diffusers tiles", "exact 512", "exact 128", "exact 128, doubling not folded"),
+    "encode": ("untiled", "diffusers tiles", "exact 512", "exact 128"),
     "unet": ("as it is", "channels last", "attention without SDPA", "two tiles at once, per tile"),
     "compile": ("as it is", "compiled", "compiled, weights frozen"),
     "denoise": ("512 at 50 %", "512 at 25 %", "side that fits"),

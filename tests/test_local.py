@@ -25,6 +25,16 @@ def test_same_bytes_for_any_tile_batch_and_run_to_run(embedded, scale):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+def test_the_number_of_threads_changes_nothing_that_can_be_seen(embedded):
+    """Sums are split between threads, so the last bits may differ: far below a hundredth of an 8-bit step."""
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(upscale(photo(24, 36), embedded, Target(scale=8), UpscaleOptions(128, 32)))
+    torch.set_num_threads(threads)
+    assert (results[0] - results[1]).abs().max() <= 1e-6
+
+
 def test_tiled_is_close_to_untiled(embedded):
     image = photo(64, 80)
     whole, tiled = (

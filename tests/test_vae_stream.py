@@ -49,7 +49,7 @@ def test_float64_equals_untiled(side, tile):
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
-@pytest.mark.parametrize("tile", [8, 17])
+@pytest.mark.parametrize("tile", [8, 16, 17, 40])
 def test_float32_equals_untiled(side, tile):
     vae = make_vae(torch.float32)
     for name, x in contents(*SIZES[side]).items():
