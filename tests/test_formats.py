@@ -127,7 +127,8 @@ def test_pisa_dials(files, nets):
         assert len(branches) == (1 if l_pix == l_sem or l_sem == 0 else 2)
         ours = sum(weight * eps_with(published.networks()[0], patch, 1) for weight, patch in branches)
         wanted = l_pix * made.eps["pix"] + l_sem * (made.eps["eps"] - made.eps["pix"])
-        assert (ours - wanted).abs().max() < 1e-5
+        # 1e-5 for each forward pass, as it is weighted.
+        assert (ours - wanted).abs().max() < 1e-5 * (1 + l_pix + 2 * l_sem)
     with pytest.raises(ValueError, match="no dials"):
         read_adapter(files["omgsr"].path).branches(0.5, 1)
 
