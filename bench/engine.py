@@ -203,14 +203,14 @@ def rows_of(part: str, px: int, args: argparse.Namespace) -> list[str]:
         results = {method: torch.load(Path(folder) / f"{method}.pt", weights_only=True) for method in commands}
     base, rows = medians[next(iter(commands))], []
     for method, own in medians.items():
-        truth = results[TRUTH.get(method, next(iter(commands)) if part != "stage" else method)]
-        error = (results[method] - truth).abs() if results[method].shape == truth.shape else None
-        alike = error is None or results[method] is truth or part == "denoise"
+        truth = results[TRUTH.get(method, method) if part == "stage" else next(iter(commands))]
+        error = (results[method] - truth).abs()
+        alike = results[method] is truth or part == "denoise"
         worst = "" if alike else f"{error.max():.1e} / {error.mean():.1e}"
+        per_pixel, time, memory = 1e6 / px**2, own["seconds"] / base["seconds"], own["mib"] / max(base["mib"], 1)
         rows.append(
-            f"| {part} {px} px | {method} | {own['seconds']:.1f} | {own['cpu']:.1f} "
-            f"| {own['seconds'] / px**2 * 1e6:.1f} | {own['mib']:.0f} | {own['mib'] / px**2 * 1e6:.0f} | {own['seconds'] / base['seconds']:.2f} "
-            f"| {own['mib'] / max(base['mib'], 1):.2f} | {worst} |"
+            f"| {part} {px} px | {method} | {own['seconds']:.1f} | {own['cpu']:.1f} | {own['seconds'] * per_pixel:.1f} "
+            f"| {own['mib']:.0f} | {own['mib'] * per_pixel:.0f} | {time:.2f} | {memory:.2f} | {worst} |"
         )
     return rows
 
