@@ -48,7 +48,7 @@ def plain(model, image: torch.Tensor, factor: int) -> torch.Tensor:
     for stage, grown in ((model.first, 4), (model.second, 8))[: 1 if factor == 4 else 2]:
         enlarged = resize(image, (side * grown, side * grown)).clamp(0, 1)
         networks = stage.networks
-        networks.backbone.unet_slot.use(networks.unet_updates)
+        networks.backbone.unet_slot.use(networks.unet_patch)
         z = networks.backbone.moments(enlarged * 2 - 1)
         plan = plan_tiles(*z.shape[-2:], 128, 64, spacing="stride")
         canvas = Canvas(plan, "published")
@@ -97,7 +97,7 @@ def main() -> None:
             own, base = middle[method], middle["plain"]
             rows.append(
                 f"| {side} to {side * factor} | {method} | {own['seconds']:.2f} | {own['seconds'] / pixels:.2f} | "
-                f"{own['mib']:.0f} | {own['seconds'] / base['seconds']:.2f} | {own['mib'] / base['mib']:.2f} |"
+                f"{own['mib']:.0f} | {own['seconds'] / base['seconds']:.2f} | {own['mib'] / max(base['mib'], 1):.2f} |"
             )
     sys.stdout.write("\n".join(rows) + "\n")
 

@@ -38,6 +38,7 @@ import comfy.sd
 import comfy.supported_models_base
 import sd_stand_in
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import load_file
 
 PUBLISHED = Path(sys.argv[2])
@@ -338,6 +339,27 @@ def check_stage_switch_is_bit_exact_and_shares_weights():
     assert torch.equal(upscale(4, image, models).args[0], one)
     comfy.model_management.unload_all_models()
     assert torch.equal(comfy.utils.get_attr(models[0].model, key), base)
+
+
+def check_stock_torch_compile_compiles_each_stage_once():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    first, second, vae, conditioning = embedded()
+    small, large = picture(1, 32, 32), picture(1, 40, 56)
+    wanted = upscale(8, large, (first, second, vae, conditioning)).args[0]
+    compiled = [model.clone() for model in (first, second)]
+    for model in compiled:
+        set_torch_compile_wrapper(model, backend=count)
+    models = (*compiled, vae, conditioning)
+    upscale(8, small, models)
+    once = len(graphs)
+    assert once
+    assert torch.equal(upscale(8, large, models).args[0], wanted)
+    assert len(graphs) == once, (once, len(graphs))
 
 
 def check_swapped_stages_are_refused_by_name():
