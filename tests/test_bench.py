@@ -1,6 +1,7 @@
 """The benchmark measures what it says: its reference computes the same picture, its table has every row."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from tudsr_core.pipeline import UpscaleOptions, upscale
 from tudsr_core.plan import Target
 
 BENCH = Path(__file__).parent.parent / "bench"
-ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads peak memory from Linux's /proc")
+CAN_MEASURE = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the benchmark resets the peak of memory in Linux's /proc"
+)
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def test_plain_reference_gives_our_picture_where_one_tile_is_enough(speed, facto
     assert (speed.plain(model, image, factor) - ours).abs().max() < 1e-5
 
 
-@ON_LINUX
+@CAN_MEASURE
 def test_table_has_a_measured_row_for_every_method(speed):
     command = [sys.executable, str(BENCH / "speed.py"), "--sizes", "16x4", "--repeat", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -42,7 +45,7 @@ def test_table_has_a_measured_row_for_every_method(speed):
     assert all(float(cell) >= 0 for row in rows for cell in row[2:])
 
 
-@ON_LINUX
+@CAN_MEASURE
 def test_peak_memory_is_what_the_work_took(speed):
-    _, figures = speed.measure(lambda: torch.ones(64 * 2**20 // 4).sum())
-    assert 60 < figures["mib"] < 80, figures
+    _, figures = speed.measure(lambda: torch.ones(256 * 2**20 // 4).sum())
+    assert 200 < figures["mib"] < 300, figures
