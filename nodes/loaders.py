@@ -97,12 +97,75 @@ class LoadEmbedded(io.ComfyNode):
         return io.NodeOutput(first, second, vae, [[empty, {}]])
 
 
+def _adapter_inputs() -> list:
+    """Which adapter, for which stage, how strongly."""
+    return [
+        io.Combo.Input("adapter", options=list_adapters() or [NOTHING], tooltip="A file or folder in models/tudsr."),
+        io.Combo.Input(
+            "stage",
+            options=["from file", "one", "two"],
+            default="from file",
+            tooltip="Which stage it was trained for. Files of this pack say so themselves; "
+            "for published folders choose it here.",
+        ),
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            tooltip="1 is as trained. Lower for a gentler, higher for a stronger effect.",
+        ),
+    ]
+
+
+def _method_inputs() -> list:
+    """What only some methods have."""
+    return [
+        io.Combo.Input(
+            "method",
+            options=["from file", "tudsr", "omgsr"],
+            default="from file",
+            optional=True,
+            tooltip="Only for peft folders, which do not say whose they are: TUDSR (t = 200 and 50) unless "
+            "you choose omgsr (t = 273).",
+        ),
+        io.Int.Input(
+            "steps",
+            default=1,
+            min=1,
+            max=5,
+            optional=True,
+            tooltip="InvSR only: network evaluations per tile. Raise it for more detail, at that many times the time.",
+        ),
+        io.Float.Input(
+            "fidelity",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            optional=True,
+            tooltip="PiSA-SR only: weight of the pixel-level part. Raise it to remove more degradation, lower "
+            "it to stay closer to the input. Other values than detail's take two evaluations per tile.",
+        ),
+        io.Float.Input(
+            "detail",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            optional=True,
+            tooltip="PiSA-SR only: weight of the semantic part. Raise it for more invented texture, lower it "
+            "for a plainer picture.",
+        ),
+    ]
+
+
 class LoadAdapter(io.ComfyNode):
     """An adapter of any known method onto MODEL, and onto the VAE if the file changes it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = list_adapters() or [NOTHING]
         return io.Schema(
             node_id="TUDSRLoadAdapter",
             display_name="Load TUDSR Adapter",
@@ -115,22 +178,7 @@ class LoadAdapter(io.ComfyNode):
                     "model",
                     tooltip="SD2.1-base, or SD-Turbo for InvSR, from Load Checkpoint or Load Diffusion Model.",
                 ),
-                io.Combo.Input("adapter", options=names, tooltip="A file or folder in models/tudsr."),
-                io.Combo.Input(
-                    "stage",
-                    options=["from file", "one", "two"],
-                    default="from file",
-                    tooltip="Which stage it was trained for. Files of this pack say so themselves; "
-                    "for published folders choose it here.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="1 is as trained. Lower for a gentler, higher for a stronger effect.",
-                ),
+                *_adapter_inputs(),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -141,43 +189,7 @@ class LoadAdapter(io.ComfyNode):
                     optional=True,
                     tooltip="CLIP of the checkpoint: gives the prompt the method was trained with as CONDITIONING.",
                 ),
-                io.Combo.Input(
-                    "method",
-                    options=["from file", "tudsr", "omgsr"],
-                    default="from file",
-                    optional=True,
-                    tooltip="Only for peft folders, which do not say whose they are: TUDSR (t = 200 and 50) unless "
-                    "you choose omgsr (t = 273).",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=1,
-                    min=1,
-                    max=5,
-                    optional=True,
-                    tooltip="InvSR only: network evaluations per tile. Raise it for more detail, at that many times "
-                    "the time.",
-                ),
-                io.Float.Input(
-                    "fidelity",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="PiSA-SR only: weight of the pixel-level part. Raise it to remove more degradation, lower "
-                    "it to stay closer to the input. Other values than detail's take two evaluations per tile.",
-                ),
-                io.Float.Input(
-                    "detail",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="PiSA-SR only: weight of the semantic part. Raise it for more invented texture, lower it "
-                    "for a plainer picture.",
-                ),
+                *_method_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),

@@ -18,18 +18,29 @@ from . import __version__
 from .cli_files import add_file_commands
 from .cli_zoom import add_zoom_command
 from .console import (
-    ColorName,
+    ColorFixOption,
     Device,
     DeviceOption,
+    ForceOption,
+    FormatOption,
+    HeightOption,
+    Inputs,
+    LongEdgeOption,
     MethodName,
+    OutputOption,
+    OverlapOption,
     Precision,
     PrecisionOption,
-    Suffix,
-    WindowName,
+    ScaleOption,
+    TileBatchOption,
+    WidthOption,
+    WindowOption,
     err,
+    given,
     one_line_errors,
     out,
     run_jobs,
+    target_of,
 )
 
 app = typer.Typer(
@@ -62,12 +73,12 @@ DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semant
 @app.command()
 @one_line_errors
 def upscale(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")],
-    scale: Annotated[float | None, typer.Option(help="Enlarge by this factor, from 1 to 64 (default 4).")] = None,
-    width: Annotated[int | None, typer.Option(help="Enlarge to this width in pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Enlarge to this height in pixels.")] = None,
-    long_edge: Annotated[int | None, typer.Option(help="Enlarge until the longer side has this length.")] = None,
+    inputs: Inputs,
+    output: OutputOption,
+    scale: ScaleOption = None,
+    width: WidthOption = None,
+    height: HeightOption = None,
+    long_edge: LongEdgeOption = None,
     model: ModelOption = "embedded",
     stage_one: StageOne = None,
     stage_two: StageTwo = None,
@@ -83,41 +94,28 @@ def upscale(
     tile: Annotated[
         int | None, typer.Option(help="Tile side in pixels; default: 512 to 640, as computes least.")
     ] = None,
-    overlap: Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles in pixels.")] = None,
-    tile_batch: Annotated[
-        int | None, typer.Option(help="Tiles computed at once on a GPU; default: as many as fit.")
-    ] = None,
-    window: Annotated[WindowName | None, typer.Option(help="How overlapping tiles are weighted.")] = None,
-    color_fix: Annotated[ColorName | None, typer.Option(help="How colours follow the input.")] = None,
+    overlap: OverlapOption = None,
+    tile_batch: TileBatchOption = None,
+    window: WindowOption = None,
+    color_fix: ColorFixOption = None,
     sample_posterior: Annotated[bool, typer.Option(help="Draw latents instead of taking their mode.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of that draw.")] = None,
     bits: Annotated[int | None, typer.Option(help="8 or 16 per channel; default: as the input.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
-    suffix: Annotated[Suffix | None, typer.Option("--format", help="File type; default: as the input.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
+    suffix: FormatOption = None,
+    force: ForceOption = False,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
 ) -> None:
     """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
     from .batch import Output, finish_job, open_job, plan_jobs
     from .local import AdapterOptions
     from .pipeline import UpscaleOptions
-    from .plan import Target
 
     if bits not in (None, 8, 16):
         raise ValueError(f"--bits {bits} is not possible; use 8 or 16")
-    chosen = {
-        "tile_px": tile,
-        "overlap_px": overlap,
-        "tile_batch": tile_batch,
-        "window": window and window.value,
-        "color_fix": color_fix and color_fix.value,
-        "sample_posterior": sample_posterior,
-        "seed": seed,
-    }
-    options = UpscaleOptions(**{name: value for name, value in chosen.items() if value is not None})
-    if scale is width is height is long_edge is None:
-        scale = 4.0
-    target = Target(scale, width, height, long_edge)
+    tiles = given(tile_px=tile, overlap_px=overlap, tile_batch=tile_batch, window=window)
+    options = UpscaleOptions(**tiles, **given(color_fix=color_fix, sample_posterior=sample_posterior, seed=seed))
+    target = target_of(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
     use = AdapterOptions(method and method.value, timestep, steps, prompt, fidelity, detail, tokenizer)
     networks = _load(model, stage_one, stage_two, device, dtype, use)

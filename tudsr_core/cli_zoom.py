@@ -9,15 +9,25 @@ from typing import Annotated
 import typer
 
 from .console import (
-    ColorName,
+    ColorFixOption,
     Device,
     DeviceOption,
+    ForceOption,
+    FormatOption,
+    HeightOption,
+    Inputs,
+    LongEdgeOption,
+    OutputOption,
+    OverlapOption,
     Precision,
     PrecisionOption,
-    Suffix,
-    WindowName,
+    ScaleOption,
+    WidthOption,
+    WindowOption,
+    given,
     one_line_errors,
     run_jobs,
+    target_of,
 )
 
 StartName = Enum("StartName", {name: name for name in ("picture", "noise")}, type=str)
@@ -29,8 +39,8 @@ def add_zoom_command(app: typer.Typer) -> None:
 
 
 def zoom(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")],
+    inputs: Inputs,
+    output: OutputOption,
     model: Annotated[Path, typer.Option(help="Stable Diffusion 2.x: a diffusers folder, or a file.")],
     tokenizer: Annotated[Path | None, typer.Option(help="CLIP's folder, when --model is a single file.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The same words for every tile.")] = None,
@@ -42,10 +52,10 @@ def zoom(
     ] = None,
     quality_words: Annotated[str | None, typer.Option(help="Added to every prompt of --prompt and --dape.")] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt of every tile.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Enlarge by this factor (default 4).")] = None,
-    width: Annotated[int | None, typer.Option(help="Enlarge to this width in pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Enlarge to this height in pixels.")] = None,
-    long_edge: Annotated[int | None, typer.Option(help="Enlarge until the longer side has this length.")] = None,
+    scale: ScaleOption = None,
+    width: WidthOption = None,
+    height: HeightOption = None,
+    long_edge: LongEdgeOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; each runs over all tiles.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far to redraw: 1 all, 0.3 keeps to the picture.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off and half the work.")] = None,
@@ -53,40 +63,29 @@ def zoom(
     start: Annotated[StartName | None, typer.Option(help="The noised picture, or noise alone.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all noise.")] = None,
     tile: Annotated[int | None, typer.Option(help="Tile side in pixels; what the model was trained at.")] = None,
-    overlap: Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles in pixels.")] = None,
+    overlap: OverlapOption = None,
     tile_batch: Annotated[int | None, typer.Option(help="Tiles computed at once on a GPU.")] = None,
-    window: Annotated[WindowName | None, typer.Option(help="How overlapping tiles are weighted.")] = None,
-    color_fix: Annotated[ColorName | None, typer.Option(help="How colours follow the input.")] = None,
+    window: WindowOption = None,
+    color_fix: ColorFixOption = None,
     device: DeviceOption = Device.auto,
     dtype: PrecisionOption = Precision.fp32,
     save_prompts: Annotated[bool, typer.Option(help="Write every tile's prompts beside the picture, as JSON.")] = False,
-    suffix: Annotated[Suffix | None, typer.Option("--format", help="File type; default: as the input.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
+    suffix: FormatOption = None,
+    force: ForceOption = False,
     dry_run: Annotated[bool, typer.Option(help="Show the plan with its number of network calls and stop.")] = False,
 ) -> None:
     """Enlarge with any SD 2.x and a prompt per tile: tudsr zoom in.png -o out.png --model sd21/ --dape dape/"""
     from .batch import ZoomOutput, finish_zoom, open_zoom, plan_jobs
     from .local import load_sd2
-    from .plan import Target
     from .sampling import SampleOptions
     from .zoom import ZoomOptions
 
-    sampling = _given(
-        steps=steps,
-        strength=strength,
-        guidance=guidance,
-        eta=eta,
-        tile_batch=tile_batch,
-        window=window and window.value,
-    )
-    named = _given(start=start and start.value, color_fix=color_fix and color_fix.value)
-    chosen = _given(tile_px=tile, overlap_px=overlap, seed=seed) | named
-    options = ZoomOptions(**chosen, sample=SampleOptions(**sampling))
-    if scale is width is height is long_edge is None:
-        scale = 4.0
-    target = Target(scale, width, height, long_edge)
+    how = given(steps=steps, strength=strength, guidance=guidance, eta=eta, tile_batch=tile_batch, window=window)
+    chosen = given(tile_px=tile, overlap_px=overlap, seed=seed, start=start, color_fix=color_fix)
+    options = ZoomOptions(**chosen, sample=SampleOptions(**how))
+    target = target_of(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
-    source = _source(prompt, tile_prompts, dape, _given(suffix=quality_words, negative=negative), device)
+    source = _source(prompt, tile_prompts, dape, given(suffix=quality_words, negative=negative), device)
     networks = load_sd2(model, device.value, dtype.value, tokenizer)
     if not dry_run and jobs[0].output.parent == output:
         output.mkdir(parents=True, exist_ok=True)
@@ -99,10 +98,6 @@ def zoom(
     )
     if failed:
         raise typer.Exit(1)
-
-
-def _given(**values: object) -> dict:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _source(prompt: str | None, tile_prompts: Path | None, dape: Path | None, words: dict, device: Device):

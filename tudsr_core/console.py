@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,7 @@ from .methods import METHODS
 if TYPE_CHECKING:
     from .batch import Job
     from .files import Picture
+    from .plan import Target
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -28,6 +30,18 @@ WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", 
 ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "none")}, type=str)
 Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, type=str)
 
+Inputs = Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")]
+OutputOption = Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")]
+ScaleOption = Annotated[float | None, typer.Option(help="Enlarge by this factor, from 1 to 64 (default 4).")]
+WidthOption = Annotated[int | None, typer.Option(help="Enlarge to this width in pixels.")]
+HeightOption = Annotated[int | None, typer.Option(help="Enlarge to this height in pixels.")]
+LongEdgeOption = Annotated[int | None, typer.Option(help="Enlarge until the longer side has this length.")]
+OverlapOption = Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles in pixels.")]
+TileBatchOption = Annotated[int | None, typer.Option(help="Tiles computed at once on a GPU; default: as many as fit.")]
+WindowOption = Annotated[WindowName | None, typer.Option(help="How overlapping tiles are weighted.")]
+ColorFixOption = Annotated[ColorName | None, typer.Option(help="How colours follow the input.")]
+FormatOption = Annotated[Suffix | None, typer.Option("--format", help="File type; default: as the input.")]
+ForceOption = Annotated[bool, typer.Option(help="Replace files that exist.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Precision of the networks.")]
 
@@ -53,6 +67,20 @@ def one_line_errors(command):
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def given(**values: object) -> dict[str, object]:
+    """Return the options that were given, enumerations by their names."""
+    return {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
+
+
+def target_of(scale: float | None, width: int | None, height: int | None, long_edge: int | None) -> Target:
+    """Return the size that is asked for: x4 when nothing is; raises ValueError as `Target` does."""
+    from .plan import Target
+
+    if scale is width is height is long_edge is None:
+        scale = 4.0
+    return Target(scale, width, height, long_edge)
 
 
 def run_jobs(
