@@ -41,7 +41,7 @@ The shipped model is small: a faithful sharpener that shows how the pack works.
 For invented detail use SD2.1 with TUDSR adapters (template 02).
 
 - **scale**: any factor, or set **width** / **height**
-- **tile**: lower it if memory runs out
+- **tile**: 0 picks the side; set 256 if memory runs out
 - **color_fix**: keep *wavelet* for photos""",
     "02-sd21-two-stage": """## Two stages on SD2.1-base
 1. Put **v2-1_512-ema-pruned.safetensors** into `models/checkpoints`.
