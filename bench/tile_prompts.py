@@ -31,7 +31,7 @@ class Peak:
         self.path, self.most, self.ended = Path(f"/proc/{pid}/statm"), 0.0, threading.Event()
 
     def now(self) -> float:
-        return int(self.path.read_text().split()[1]) * 4096 / 2**20
+        return int(self.path.read_text("utf-8").split()[1]) * 4096 / 2**20
 
     def __enter__(self) -> Peak:
         self.start = self.most = self.now()
@@ -50,7 +50,7 @@ class Peak:
 
 def graph(side: int, steps: int, overlap: int, batch: int) -> dict:
     """Return template 09 for one picture enlarged to `side`, with a VAE that costs nothing."""
-    work = json.loads((HERE.parent / "workflows" / "api" / "09-tile-prompts.json").read_text())
+    work = json.loads((HERE.parent / "workflows" / "api" / "09-tile-prompts.json").read_text("utf-8"))
     work["1"]["inputs"]["image"] = f"{side}.png"
     work["5"]["inputs"] |= {"overlap": overlap, "steps": steps}
     work["15"] = {"class_type": "TestFoldVAE", "inputs": {}}

@@ -25,7 +25,7 @@ def find() -> Path | None:
     if path := os.environ.get("COMFYUI_PATH"):
         return Path(path)
     if shutil.which("comfy"):
-        done = subprocess.run(["comfy", "--skip-prompt", "which"], capture_output=True, text=True)
+        done = subprocess.run(["comfy", "--skip-prompt", "which"], capture_output=True, text=True, encoding="utf-8")
         try:
             return Path(json.loads(done.stdout)["data"]["workspace_path"])
         except (ValueError, KeyError, TypeError):
@@ -42,8 +42,8 @@ class Server:
             (base / folder).mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / name).symlink_to(PACK)
         for other, source in (packs or {}).items():
-            (base / "custom_nodes" / f"{other}.py").write_text(source)
-        (base / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')
+            (base / "custom_nodes" / f"{other}.py").write_text(source, encoding="utf-8")
+        (base / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}', encoding="utf-8")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -54,7 +54,7 @@ class Server:
         command += ["--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"HOME": str(base)}
         self.process = subprocess.Popen(
-            command, cwd=comfyui, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+            command, cwd=comfyui, env=environment, stdout=self.log.open("w", encoding="utf-8"), stderr=subprocess.STDOUT
         )
         self._wait()
 
@@ -62,7 +62,9 @@ class Server:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                raise RuntimeError(f"ComfyUI ended with {self.process.returncode}:\n{self.log.read_text()[-3000:]}")
+                raise RuntimeError(
+                    f"ComfyUI ended with {self.process.returncode}:\n{self.log.read_text('utf-8')[-3000:]}"
+                )
             try:
                 self.get("/system_stats")
                 return

@@ -563,7 +563,7 @@ def small_vision(width=32):
     config |= dict(model_type="clip_vision_model", num_attention_heads=2, num_channels=3, num_hidden_layers=2)
     config |= dict(patch_size=14, projection_dim=width)
     path = Path(tempfile.mkdtemp()) / "config.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8")
     vision = comfy.clip_vision.ClipVisionModel(str(path))
     generator = torch.Generator().manual_seed(0)
     for name, tensor in vision.model.state_dict().items():
@@ -617,9 +617,9 @@ def check_taggers_and_captioners_are_listed_and_load():
 
     taggers, root = part("nodes.taggers"), Path(tempfile.mkdtemp())
     (root / "blip").mkdir()
-    (root / "blip" / "config.json").write_text('{"model_type": "blip"}')
+    (root / "blip" / "config.json").write_text('{"model_type": "blip"}', encoding="utf-8")
     (root / "other").mkdir()
-    (root / "other" / "config.json").write_text('{"model_type": "bert"}')
+    (root / "other" / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     one = {"x": torch.zeros(1)}
     safetensors.torch.save_file(one, root / "tagger.safetensors", {"format": taggers.TAGGER_FORMAT})
     safetensors.torch.save_file(one, root / "adapter.safetensors", {"format": "else"})

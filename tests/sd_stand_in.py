@@ -64,7 +64,7 @@ def load_small_vision(path):
     if tensors["vision_model.embeddings.class_embedding"].shape[0] != 64:
         return load_vision(path)
     config = os.path.join(tempfile.mkdtemp(), "config.json")
-    with open(config, "w") as file:
+    with open(config, "w", encoding="utf-8") as file:
         json.dump(dict(VISION), file)
     vision = comfy.clip_vision.ClipVisionModel(config)
     vision.load_sd(tensors)

@@ -54,7 +54,7 @@ def drop(page, path: Path) -> None:
             for (const kind of ['dragenter', 'dragover', 'drop'])
                 canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true}));
         }""",
-        [path.name, json.dumps(json.loads(path.read_text()))],
+        [path.name, json.dumps(json.loads(path.read_text("utf-8")))],
     )
     page.wait_for_function("() => app.graph._nodes.some(n => n.type == 'TUDSRUpscale')", timeout=20000)
     page.wait_for_timeout(1000)

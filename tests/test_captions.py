@@ -16,7 +16,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "dog", 
 def blip(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("blip")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
     tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
     images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
     transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
@@ -62,6 +62,6 @@ def test_other_folders_and_pickled_weights_are_refused(blip, tmp_path):
     prompter = CaptionPrompter(tmp_path)
     with pytest.raises(ValueError, match="safetensors weights"):
         prompter.describe([torch.rand(3, 8, 8)], lambda *at: None)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llava"}), encoding="utf-8")
     assert caption_kind(tmp_path) is None

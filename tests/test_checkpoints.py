@@ -107,7 +107,7 @@ def change_file(folder, change):
 
 def change_config(folder, **values):
     path = folder / "unet_lora_adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), encoding="utf-8")
 
 
 PREFIX = "base_model.model.conv1.lora_"
@@ -125,7 +125,10 @@ PREFIX = "base_model.model.conv1.lora_"
         (lambda f: change_file(f, lambda t: t[PREFIX + "A.weight"].fill_(float("nan"))), "NaN"),
         (lambda f: change_config(f, use_dora=True), "use_dora"),
         (lambda f: change_config(f, r=7), "rank 7"),
-        (lambda f: (f / "unet_lora_adapter" / "adapter_config.json").write_text("{"), "cannot be read"),
+        (
+            lambda f: (f / "unet_lora_adapter" / "adapter_config.json").write_text("{", encoding="utf-8"),
+            "cannot be read",
+        ),
         (lambda f: (f / "unet_lora_adapter" / "adapter_model.safetensors").unlink(), "does not exist"),
         (lambda f: (f / "unet_lora_adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 30), "not a whole"),
     ],

@@ -49,7 +49,7 @@ def test_folder_and_files_together(photo, tmp_path):
     folder.mkdir()
     Image.open(photo).convert("L").save(folder / "grey.jpg")
     Image.open(photo).convert("RGBA").save(folder / "alpha.webp")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no picture", encoding="utf-8")
     done = tudsr("upscale", folder, photo, "-o", tmp_path / "out", "--long-edge", 56)
     assert done.returncode == 0, done.stderr
     assert {p.name: size(p) for p in (tmp_path / "out").iterdir()} == {
@@ -174,6 +174,7 @@ def test_ctrl_c_leaves_no_half_written_file(photo, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
     assert "large.png" in child.stdout.readline()
     time.sleep(1)
@@ -231,7 +232,7 @@ def test_inspect_says_what_each_file_is(adapters, tmp_path):
     from tudsr_core.checkpoints import embedded_path
 
     assert "whole model 'embedded'" in tudsr("inspect", embedded_path()).stdout
-    (tmp_path / "page.pkl").write_text("<html>")
+    (tmp_path / "page.pkl").write_text("<html>", encoding="utf-8")
     done = tudsr("inspect", tmp_path / "page.pkl")
     assert done.returncode == 1 and "page.pkl cannot be read safely: it is a web page" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -38,7 +38,7 @@ def photo(height, width):
 
 
 def graph(name):
-    return json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text())
+    return json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
 
 
 def tensor(array):
@@ -50,7 +50,7 @@ def to_8bit(pixels):
 
 
 def test_the_pack_loads_without_complaint(server):
-    log = server.log.read_text()
+    log = server.log.read_text("utf-8")
     ours = [line for line in log.splitlines() if "My.TUDSR pack" in line]
     assert any("seconds" in line for line in ours), "the pack is not among the import times"
     assert not [line for line in ours if "Cannot import" in line or "IMPORT FAILED" in line]
@@ -59,12 +59,12 @@ def test_the_pack_loads_without_complaint(server):
 
 
 def test_every_node_has_help_tooltips_and_a_frozen_schema(server):
-    frozen = json.loads((PACK / "tests" / "schema.json").read_text())
+    frozen = json.loads((PACK / "tests" / "schema.json").read_text("utf-8"))
     for name, info in server.get("/object_info").items():
         if not name.startswith("TUDSR"):
             continue
         page = PACK / "nodes" / "web" / "docs" / f"{name}.md"
-        assert page.is_file() and len(page.read_text()) > 300, f"help page of {name}"
+        assert page.is_file() and len(page.read_text("utf-8")) > 300, f"help page of {name}"
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         for input_name, spec in inputs.items():
             assert spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip"
@@ -87,7 +87,7 @@ def test_every_workflow_runs_to_a_saved_picture(server, path):
 @pytest.mark.parametrize("path", sorted((PACK / "workflows").glob("*.json")), ids=lambda path: path.stem)
 def test_templates_use_known_nodes_and_have_a_picture(server, path):
     known = server.get("/object_info")
-    template = json.loads(path.read_text())
+    template = json.loads(path.read_text("utf-8"))
     kinds = {node["type"] for node in template["nodes"]}
     assert kinds <= set(known) | {"MarkdownNote", "Note"}
     assert "MarkdownNote" in kinds

@@ -15,7 +15,7 @@ SCRIPTS = [Path(__file__).parent / name for name in ("inside_comfyui.py", "insid
 CHECKS = [
     (script.name, node.name)
     for script in SCRIPTS
-    for node in ast.parse(script.read_text()).body
+    for node in ast.parse(script.read_text("utf-8")).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 
@@ -30,7 +30,7 @@ def results(tmp_path_factory):
     found = {}
     for script in SCRIPTS:
         command = [python, str(script), str(comfyui), str(files)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=comfyui)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=comfyui, encoding="utf-8")
         assert done.returncode == 0, done.stderr[-3000:]
         found[script.name] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -64,8 +64,10 @@ def published(tmp_path_factory):
             updates[ram_name(key).replace("weight", "lora_B")] = torch.randn(value.shape[0], 8) * 0.3
     updates["tag_encoder.encoder.layer.0.crossattention.self.query.lora_A"] = torch.ones(8, 24)
     torch.save(updates, folder / dape.DAPE_FILE)
-    (folder / dape.LIST_FILE).write_text("\n".join(f"thing {index}" for index in range(LABELS)))
-    (folder / dape.THRESHOLD_FILE).write_text("".join(f"{0.3 + 0.01 * index:.2f}\n" for index in range(LABELS)))
+    (folder / dape.LIST_FILE).write_text("\n".join(f"thing {index}" for index in range(LABELS)), encoding="utf-8")
+    (folder / dape.THRESHOLD_FILE).write_text(
+        "".join(f"{0.3 + 0.01 * index:.2f}\n" for index in range(LABELS)), encoding="utf-8"
+    )
     return folder
 
 
@@ -199,8 +201,8 @@ def test_tags_equal_a_slow_implementation(published):
         ours = tagger.network(prepared)[0]
     slow = slow_logits(prepared[0], weights, SMALL)
     assert (ours - slow).abs().max() < 1e-4
-    limits = [float(line) for line in (published / dape.THRESHOLD_FILE).read_text().split()]
-    names = (published / dape.LIST_FILE).read_text().split("\n")
+    limits = [float(line) for line in (published / dape.THRESHOLD_FILE).read_text("utf-8").split()]
+    names = (published / dape.LIST_FILE).read_text("utf-8").split("\n")
     kept = [n for n, p, limit in zip(names, torch.sigmoid(slow).tolist(), limits, strict=True) if p > limit]
     assert 3 < len(kept) < LABELS - 3
     assert tagger.tags(image) == [", ".join(kept)]
@@ -366,7 +368,7 @@ def test_lists_that_do_not_fit_are_one_clear_error(published, tmp_path, caplog):
     with pytest.raises(CheckpointError, match="has 40 lines, but the weights know 4585"):
         read_lists(tmp_path, 4585)
     for content, says in (("0.5\n" * 39 + "high\n", "numbers"), ("0.5\n" * 39 + "nan\n", "finite")):
-        (tmp_path / dape.THRESHOLD_FILE).write_text(content)
+        (tmp_path / dape.THRESHOLD_FILE).write_text(content, encoding="utf-8")
         with pytest.raises(CheckpointError, match=says):
             read_lists(tmp_path, LABELS)
     (tmp_path / dape.LIST_FILE).write_bytes(b"\xff\xfe\n" * 40)

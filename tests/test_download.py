@@ -106,7 +106,7 @@ def test_a_server_without_ranges_or_with_a_new_file_starts_over(server, tmp_path
 
 def test_a_part_that_is_already_whole_is_not_fetched_twice_wrongly(server, tmp_path):
     (tmp_path / "x.bin.part").write_bytes(CONTENT + b"more")
-    (tmp_path / "x.bin.part.etag").write_text('"v1"')
+    (tmp_path / "x.bin.part.etag").write_text('"v1"', encoding="utf-8")
     download(server, tmp_path / "x.bin", SHA)
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
 

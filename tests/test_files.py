@@ -235,7 +235,9 @@ try:
 except PictureError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=os.getcwd())
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=os.getcwd(), encoding="utf-8"
+    )
     assert "no room left" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -266,7 +266,7 @@ def test_foreign_files_are_named_with_what_is_known(tmp_path):
     save_file({"blocks.0.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="no adapter this pack knows.*blocks.0.weight.*OSEDiff"):
         read_adapter(tmp_path / "other.safetensors")
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     with pytest.raises(CheckpointError, match="no weight file"):
         read_adapter(tmp_path / "notes.txt")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+OURS = ("tudsr_core", "nodes", "tests", "bench", "workflows")
 CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
@@ -53,7 +54,7 @@ def name_of(path):
 def own_imports(path):
     """Names of our modules that `path` imports, relative imports resolved."""
     package = ("tudsr_core", *path.relative_to(CORE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
             inside = ".".join([*base[1:], *filter(None, [node.module])])
@@ -71,7 +72,7 @@ def test_imports_only_go_down(path):
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_core_knows_no_comfyui_and_keeps_heavy_imports_lazy(path):
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -85,7 +86,7 @@ def test_core_knows_no_comfyui_and_keeps_heavy_imports_lazy(path):
 
 
 def test_the_pack_imports_without_comfyui():
-    for node in ast.parse((ROOT / "__init__.py").read_text()).body:
+    for node in ast.parse((ROOT / "__init__.py").read_text("utf-8")).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             assert node.module == "__future__"
 
@@ -93,17 +94,42 @@ def test_the_pack_imports_without_comfyui():
 def test_requirements_equal_pyproject():
     import re
 
-    text = (ROOT / "pyproject.toml").read_text()
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
     declared = re.search(r"^dependencies = \[(.*?)\]", text, re.S | re.M).group(1)
     wanted = re.findall(r'"([^"]+)"', declared)
-    assert (ROOT / "requirements.txt").read_text().split() == wanted
+    assert (ROOT / "requirements.txt").read_text("utf-8").split() == wanted
 
 
 def test_the_readme_names_the_command_that_ci_runs():
-    assert (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1] == "make test"
-    assert "make test" in (ROOT / "README.md").read_text()
+    assert (ROOT / ".ci" / "run").read_text("utf-8").strip().splitlines()[-1] == "make test"
+    assert "make test" in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 350
+    assert len(path.read_text("utf-8").splitlines()) <= 350
+
+
+def text_files_without_encoding(tree):
+    """Yield calls that open a text file, or a child's text output, in whatever encoding the machine has."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        given = {keyword.arg for keyword in call.keywords}
+        mode = call.args[-1].value if call.args and isinstance(call.args[-1], ast.Constant) else None
+        text = {
+            "read_text": not call.args,
+            "write_text": len(call.args) < 2,
+            "open": not call.args or (isinstance(mode, str) and set(mode) <= set("rwaxt+")),
+            "run": bool(given & {"text", "universal_newlines"}),
+            "Popen": bool(given & {"text", "universal_newlines"}),
+            "check_output": bool(given & {"text", "universal_newlines"}),
+        }
+        if text.get(name) and "encoding" not in given:
+            yield call
+
+
+@pytest.mark.parametrize("folder", OURS)
+def test_every_text_file_names_its_encoding(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for call in text_files_without_encoding(ast.parse(path.read_text("utf-8"))):
+            pytest.fail(f'{path.relative_to(ROOT)}:{call.lineno} opens text without encoding="utf-8"')

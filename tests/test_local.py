@@ -137,10 +137,10 @@ def small_sd(tmp_path_factory):
     tokenizer = root / "base" / "tokenizer"
     tokenizer.mkdir()
     words = {"!": 0, "a</w>": 1, "b</w>": 2, "a": 3, "b": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}
-    (tokenizer / "vocab.json").write_text(json.dumps(words))
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    (tokenizer / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "!"}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     for name in ("one", "two"):
         targets = ["conv1", "conv2", "to_q", "to_v", "to_out.0", "conv_in"]
         adapted = get_peft_model(unet, LoraConfig(r=4, lora_alpha=4, target_modules=targets))
@@ -362,7 +362,7 @@ def test_folders_may_be_half_precision_sharded_or_old(small_sd, tmp_path):
     for number, part in enumerate((names[::2], names[1::2])):
         save_file({name: tensors[name] for name in part}, unet / f"part-{number}.safetensors")
     index = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
-    (unet / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (unet / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
     vae = tmp_path / "base" / "vae"
     renamed = load_file(vae / f"{stem}.safetensors")
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):

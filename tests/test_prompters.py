@@ -136,7 +136,7 @@ def test_the_shipped_list_holds_plain_words_once():
 
 
 def test_a_bad_list_is_named(tmp_path):
-    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "empty.txt").write_text("# nothing\n", encoding="utf-8")
     for name in ("empty.txt", "missing.txt"):
         with pytest.raises(ValueError, match=name):
             read_tags(tmp_path / name)

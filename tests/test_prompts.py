@@ -156,7 +156,9 @@ def test_the_pictures_mark_survives_resizing_and_tells_pictures_apart():
 
 def test_the_help_pages_call_counts_are_right():
     page = Path(__file__).parent.parent / "nodes" / "web" / "docs" / "TUDSRTilePlan.md"
-    rows = re.findall(r"^\| (\d+) x \d+ \| .* = (\d+) \| ([\d,]+) \| (\d+) tiles, ([\d,]+) \|$", page.read_text(), re.M)
+    rows = re.findall(
+        r"^\| (\d+) x \d+ \| .* = (\d+) \| ([\d,]+) \| (\d+) tiles, ([\d,]+) \|$", page.read_text("utf-8"), re.M
+    )
     assert len(rows) == 3
     for side, *numbers in rows:
         counts = []

@@ -87,8 +87,11 @@ def overlapping(path):
     [
         (lambda p: p.write_bytes(good(p).read_bytes()[:-200]), "only a part of one"),
         (lambda p: p.write_bytes(b""), "it is empty"),
-        (lambda p: p.write_text("<!DOCTYPE html><html>sign in"), "it is a web page"),
-        (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"), "Git LFS pointer"),
+        (lambda p: p.write_text("<!DOCTYPE html><html>sign in", encoding="utf-8"), "it is a web page"),
+        (
+            lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0", encoding="utf-8"),
+            "Git LFS pointer",
+        ),
         (lambda p: p.write_bytes(os.urandom(5000)), "no archive of torch.save"),
         (lambda p: torch.save([1, 2], p), "holds a list"),
         (expanded, "claims more values than the file holds"),
@@ -120,7 +123,7 @@ def header(path, entries, data=b""):
         ),
         (lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}"), "not a whole"),
         (lambda p: (save_file({"w": torch.ones(99)}, p), p.write_bytes(p.read_bytes()[:-8])), "not a whole"),
-        (lambda p: p.write_text("<html>"), "it is a web page"),
+        (lambda p: p.write_text("<html>", encoding="utf-8"), "it is a web page"),
         (
             lambda p: header(p, {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10**6)}),
             "1,000,000 tensors",
@@ -160,7 +163,7 @@ def test_refusing_hostile_files_takes_little_memory(tmp_path):
         raw, tmp_path / "d.pkl", lambda name, data: bytes(2**28) if name.endswith("/0") else data, zipfile.ZIP_DEFLATED
     )
     files = [str(tmp_path / name) for name in ("a.pkl", "b.pkl", "c.safetensors", "d.pkl")]
-    done = subprocess.run([sys.executable, "-c", PROBE, *files], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROBE, *files], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-500:]
     assert int(done.stdout) < 100_000, "kB"
 

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -163,16 +166,30 @@ def test_fixed_prompts_and_files(tmp_path):
     pairs = [("sea, boat", "noise"), ("sky – ⛅", "")]
     write_prompts(tmp_path / "p.json", pairs)
     assert from_file(tmp_path / "p.json", "x")(None, plan, None) == pairs
-    (tmp_path / "p.txt").write_text("sea\n\n")
+    (tmp_path / "p.txt").write_text("sea\n\n", encoding="utf-8")
     assert read_prompts(tmp_path / "p.txt", "bad") == [("sea", "bad")]
-    (tmp_path / "p.txt").write_text("sea\n\nsky\n")
+    (tmp_path / "p.txt").write_text("sea\n\nsky\n", encoding="utf-8")
     assert read_prompts(tmp_path / "p.txt", "bad") == [("sea", "bad"), ("", "bad"), ("sky", "bad")]
     with pytest.raises(ValueError, match=r"p.txt has 3 prompts, but the plan has 2 tiles"):
         from_file(tmp_path / "p.txt", "bad")(None, plan, None)
     for content in ("{", "{}", '[["a"]]', '["a", 3]', "[" * 100_000):
-        (tmp_path / "bad.json").write_text(content)
+        (tmp_path / "bad.json").write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match="bad.json"):
             read_prompts(tmp_path / "bad.json", "")
+
+
+def test_prompts_survive_a_machine_whose_text_is_not_utf_8(tmp_path):
+    script = (
+        "import locale, sys; from pathlib import Path; from tudsr_core.zoom import read_prompts, write_prompts;"
+        "pairs = [('caf\\xe9 \\u65e5\\u672c', '')]; path = Path(sys.argv[1]); write_prompts(path, pairs);"
+        "print(locale.getpreferredencoding(False), read_prompts(path, '') == pairs)"
+    )
+    other = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", script, str(tmp_path / "prompts.json")]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=other)
+    assert done.returncode == 0, done.stderr
+    encoding, same = done.stdout.split()
+    assert encoding.lower() not in ("utf-8", "utf8") and same == "True"
 
 
 @pytest.fixture
@@ -200,7 +217,7 @@ def test_the_command_runs_the_recipe(small_sd, published, photo, tmp_path):  # n
     done = tudsr("zoom", photo, "-o", tmp_path / "a.png", *base, "--prompt", "b a", "--save-prompts")
     assert done.returncode == 0, done.stderr
     assert size(tmp_path / "a.png") == (80, 64)
-    prompts = json.loads((tmp_path / "a.prompts.json").read_text())
+    prompts = json.loads((tmp_path / "a.prompts.json").read_text("utf-8"))
     assert prompts == [["b a, clean, high-resolution, 8k", STYLE.negative]] * 2
     again = ("--tile-prompts", tmp_path / "a.prompts.json", "--tile-batch", 2)
     done = run("zoom", photo, "-o", tmp_path / "b.png", *base, *again)
@@ -211,21 +228,21 @@ def test_the_command_runs_the_recipe(small_sd, published, photo, tmp_path):  # n
         "zoom", photo, "-o", tmp_path / "d.png", *base, "--dape", tmp_path / "dape.safetensors", "--save-prompts"
     )
     assert done.exit_code == 0, done.output
-    tagged = json.loads((tmp_path / "d.prompts.json").read_text())
+    tagged = json.loads((tmp_path / "d.prompts.json").read_text("utf-8"))
     with Image.open(photo) as image:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     tagger = load_tagger(tmp_path / "dape.safetensors")
     seen = [STYLE.compose(tagger.tags(part[None])[0]) for part in (pixels[..., :16], pixels[..., 4:])]
     assert "thing " in seen[0] and tagged == [[text, STYLE.negative] for text in seen]
     prompts[1] = ["a a a", "b"]
-    (tmp_path / "edited.json").write_text(json.dumps(prompts))
+    (tmp_path / "edited.json").write_text(json.dumps(prompts), encoding="utf-8")
     done = run("zoom", photo, "-o", tmp_path / "c.png", *base, "--tile-prompts", tmp_path / "edited.json")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
 def test_wishes_that_cannot_be_met_are_one_line(small_sd, photo, tmp_path):  # noqa: F811
-    (tmp_path / "one.txt").write_text("a\n")
+    (tmp_path / "one.txt").write_text("a\n", encoding="utf-8")
     for wrong, says in (
         (("--prompt", "a", "--tile-prompts", tmp_path / "one.txt"), "only one of"),
         (("--tile-prompts", tmp_path / "one.txt"), "has 1 prompts, but the plan has 2 tiles"),

@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 48
 def caption_kind(folder: Path) -> str | None:
     """Return which supported model a folder holds, by its `config.json`, or None."""
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
     return kind if kind in (BLIP, FLORENCE) else None

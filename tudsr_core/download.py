@@ -91,7 +91,7 @@ def _fetch(url: str, part: Path, tag: Path, tick: Callable[[int, int | None], No
     if have:
         # If-Range: the server sends everything when the file has changed since.
         request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", tag.read_text())
+        request.add_header("If-Range", tag.read_text("utf-8"))
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
@@ -110,7 +110,7 @@ def _fetch(url: str, part: Path, tag: Path, tick: Callable[[int, int | None], No
             raise OSError(f"there is no room for {(total - have) / 2**30:.1f} GiB in {part.parent}")
         etag = answer.headers.get("ETag")
         if etag and not etag.startswith("W/"):
-            tag.write_text(etag)
+            tag.write_text(etag, encoding="utf-8")
         else:
             tag.unlink(missing_ok=True)
         with part.open("ab" if have else "wb") as file:

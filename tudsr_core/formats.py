@@ -85,7 +85,7 @@ def pair(
 def _read_peft(folder: Path, read: Callable[[Path], TensorFile]) -> dict[str, Low]:
     config_file = folder / "adapter_config.json"
     try:
-        config = json.loads(config_file.read_text())
+        config = json.loads(config_file.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config_file} cannot be read: {error}") from error
     names = ("adapter_model.safetensors", "adapter_model.bin")
@@ -127,7 +127,7 @@ def _peft_config(file: TensorFile) -> dict:
         if "lora_adapter_metadata" in file.metadata:
             config = json.loads(file.metadata["lora_adapter_metadata"])
         else:
-            config = json.loads(beside.read_text()) if beside.is_file() else {}
+            config = json.loads(beside.read_bytes()) if beside.is_file() else {}
         return {key.removeprefix("unet."): value for key, value in config.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the LoRA configuration of {file.path} cannot be read: {error}") from error

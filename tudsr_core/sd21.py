@@ -121,7 +121,7 @@ def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

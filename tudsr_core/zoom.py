@@ -193,4 +193,6 @@ def read_prompts(path: Path, negative: str) -> list[TilePair]:
 def write_prompts(path: Path, prompts: Sequence[TilePair]) -> None:
     """Write prompts as the JSON that `read_prompts` reads, atomically."""
     with temporary_beside(path) as temporary:
-        temporary.write_text(json.dumps([list(pair) for pair in prompts], indent=1, ensure_ascii=False))
+        temporary.write_text(
+            json.dumps([list(pair) for pair in prompts], indent=1, ensure_ascii=False), encoding="utf-8"
+        )

@@ -146,7 +146,7 @@ def add_note(workflow: dict, text: str) -> None:
 
 def make(page, name: str) -> None:
     """Make one template and its picture."""
-    api = json.loads((HERE / "api" / f"{name}.json").read_text())
+    api = json.loads((HERE / "api" / f"{name}.json").read_text("utf-8"))
     text = page.evaluate(
         "async ([api, name]) => { await app.loadApiJson(JSON.parse(api), name);"
         " return JSON.stringify(app.graph.serialize()) }",
@@ -162,7 +162,7 @@ def make(page, name: str) -> None:
         values = node.get("widgets_values") or []
         node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-tudsr/{name}"))
-    (HERE / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
+    (HERE / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
     load_graph(page, workflow)
     if name not in STAND_IN_ONLY:
         run_graph(page)
