@@ -76,7 +76,7 @@ class TileTexts:
     def planned(self, tile: Tile, size: Sequence[int]) -> Tile:
         """Return the tile of the plan that shares most with `tile` of a latent of `size` (height, width)."""
         index = self.plan.nearest(tile, replace(self.plan, height=size[0], width=size[1]))
-        return next(planned for planned in self.plan if planned.index == index)
+        return self.plan.tile(index)
 
     def expand(self, conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
         """Return the sampler's conditions with the tiles' texts in place of positive and negative."""

@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from tudsr_core.edits import Edit, Edits, read_edits
+from tudsr_core.edits import Edit, Edits, read_edits, write_header
 from tudsr_core.prompts import TilePrompt, TilePrompts
-from tudsr_core.tiles import plan_tiles
+from tudsr_core.tiles import TilePlan, plan_tiles
 
 GRID = plan_tiles(160, 256, 64, 16)  # 3 x 5
+ONE = plan_tiles(64, 64, 64, 0)
+# What the editor in the browser must make of the same texts: tests/test_tile_editor.py runs these too. Tiles
+# count from 1. `unreadable`: the number of the line that is named here; the editor leaves that line out.
+CASES = json.loads((Path(__file__).parent / "edits_cases.json").read_text("utf-8"))
+
+
+def named(cases):
+    return pytest.mark.parametrize("case", CASES[cases], ids=lambda case: case["name"])
+
+
+def as_edits(lines):
+    return {number - 1: Edit(kind, text) for number, kind, text in lines}
+
+
+@named("reads")
+def test_reads(case):
+    assert read_edits(case["text"]).by_tile == as_edits(case["edits"])
+
+
+@named("unreadable")
+def test_an_unreadable_line_is_named(case):
+    with pytest.raises(ValueError, match=f"^line {case['line']} of the edits, .*write `3: text`"):
+        read_edits(case["text"])
+
+
+@named("headers")
+def test_headers(case):
+    edits = read_edits(case["text"])
+    assert (write_header(edits.plan, edits.picture) if edits.plan else None) == case["header"]
+
+
+@pytest.mark.parametrize("case", CASES["says"], ids=lambda case: case["says"] or "nothing")
+def test_what_a_tile_says(case):
+    edits = {} if case["edit"] is None else {0: Edit(*case["edit"])}
+    prompts = TilePrompts(ONE, (TilePrompt(case["found"]),))
+    assert Edits(edits, ONE).apply(prompts).prompts[0].text == case["says"]
+
+
+@pytest.mark.parametrize("case", CASES["writes"], ids=lambda case: f"{len(case['edits'])} edits")
+def test_writes(case):
+    assert Edits(as_edits(case["edits"])).write() == case["text"]
+
+
+def test_fitting_never_lists_all_tiles(monkeypatch):
+    monkeypatch.delattr(TilePlan, "__iter__")  # 961 edits took 28 s when each listed all tiles
+    grid, twice = plan_tiles(16384, 16384, 1024, 512), plan_tiles(32768, 32768, 2048, 1024)
+    edits = Edits({index: Edit("add", "x") for index in range(len(grid))}, grid)
+    assert edits.fit(twice).by_tile == edits.by_tile and len(grid) == 961
+    offsets = " ".join(map(str, range(2001)))  # a header that claims four million tiles took 64 s and 637 MB
+    text = f"# grid 2064x2064, tile 64x64, rows {offsets}, columns {offsets}\n1: a\n4004001: b"
+    assert read_edits(text).fit(GRID).by_tile == {}
 
 
 def test_lines_say_replace_add_and_clear():
@@ -30,12 +84,6 @@ def test_writing_and_reading_are_inverse():
     assert again.by_tile == edits.by_tile and again.picture == edits.picture
     assert (again.plan.tops, again.plan.lefts) == (GRID.tops, GRID.lefts)
     assert again.write() == edits.write()
-
-
-@pytest.mark.parametrize("text", ["3 brick", "brick", "3:", "3+", "3- brick"])
-def test_an_unreadable_line_is_named(text):
-    with pytest.raises(ValueError, match="line 2 of the edits"):
-        read_edits(f"1: fine\n{text}")
 
 
 def test_a_tile_that_does_not_exist_is_named():

@@ -6,9 +6,14 @@ One line per edited tile, numbered from 1 in reading order:
     6+ ivy                     says this too
     7-                         says nothing (the shared words remain)
 
-A first line `# grid ...` remembers the grid and the picture, so that edits find their places again
-after the tiles have changed, and stay away from another picture. Without it numbers mean the
-current grid.
+A line `# grid ...` (the first of them) remembers the grid and the picture, so that edits find their
+places again after the tiles have changed, and stay away from another picture. Without it numbers
+mean the current grid; other lines with # are remarks. A later line of the same tile acts on what the
+earlier one made: `2: a` and `2+ b` say "a, b".
+
+The editor in the browser reads the same text, so the rule is exact: lines end at LF, CR LF or CR and
+nothing else, a byte order mark before the first is ignored, blanks are space, tab, U+00A0 and U+3000,
+digits are 0 to 9. `tests/edits_cases.json` holds both to it.
 """
 
 from __future__ import annotations
@@ -27,10 +32,14 @@ Kind = Literal["replace", "add", "clear"]
 SIGNS: dict[str, Kind] = {":": "replace", "+": "add", "-": "clear"}
 SAME_REGION = 0.5  # intersection over union from which an edit fits another grid's tile
 SAME_PICTURE = 8  # of 64 brightness bits that may differ
+BLANKS = " \t\u00a0\u3000"
+LINE_ENDS = re.compile(r"\r\n|\n|\r")
 HEADER = re.compile(
-    r"# grid (\d+)x(\d+), tile (\d+)x(\d+), rows ([\d ]+), columns ([\d ]+)(?:, picture ([0-9a-f]{16}))?$"
+    r"# grid (\d{1,9})x(\d{1,9}), tile (\d{1,9})x(\d{1,9}), rows (\d{1,9}(?: \d{1,9})*), "
+    r"columns (\d{1,9}(?: \d{1,9})*)(?:, picture ([0-9a-f]{16}))?",
+    re.ASCII,
 )
-LINE = re.compile(r"(\d+)\s*([:+-])\s*(.*)$")
+LINE = re.compile(rf"(\d{{1,9}})[{BLANKS}]*([:+-])(.*)", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,12 @@ class Edit:
         if self.kind == "replace":
             return self.text
         return ", ".join(unique([*split_words(text), *split_words(self.text)]))
+
+    def then(self, later: Edit) -> Edit:
+        """Return the one edit that does this and then `later`."""
+        if later.kind != "add":
+            return later
+        return Edit("add" if self.kind == "add" else "replace", later.apply(self.text))
 
 
 @dataclass(frozen=True)
@@ -71,11 +86,12 @@ class Edits:
         if self.picture and picture and _different_bits(self.picture, picture) > SAME_PICTURE:
             log.info("%d tile edits belong to another picture and are left out", len(self.by_tile))
             return Edits({}, plan, picture)
-        tiles, fitting = list(grid), {}
+        fitting: dict[int, tuple[float, Edit]] = {}
         for index, edit in self.by_tile.items():
-            target = plan.nearest(tiles[index], grid)
-            share = _shared(tiles[index], grid, list(plan)[target], plan)
-            if share >= SAME_REGION and share > fitting.get(target, (0.0, None))[0]:
+            tile = grid.tile(index)
+            target = plan.nearest(tile, grid)
+            share = _shared(tile, grid, plan.tile(target), plan)
+            if share >= SAME_REGION and share > fitting.get(target, (0.0, edit))[0]:
                 fitting[target] = share, edit
         if lost := len(self.by_tile) - len(fitting):
             log.info("%d tile edits fit no tile of the new grid and are left out", lost)
@@ -93,7 +109,8 @@ class Edits:
         lines = [write_header(self.plan, self.picture)] if self.plan else []
         signs = {kind: sign for sign, kind in SIGNS.items()}
         for index, edit in sorted(self.by_tile.items()):
-            lines.append(f"{index + 1}{signs[edit.kind]} {' '.join(edit.text.split())}".rstrip())
+            text = re.sub(rf"[{BLANKS}\r\n]+", " ", edit.text)
+            lines.append(f"{index + 1}{signs[edit.kind]} {text.strip(BLANKS)}".rstrip(BLANKS))
         return "\n".join(lines)
 
 
@@ -107,18 +124,23 @@ def write_header(plan: TilePlan, picture: str | None) -> str:
 def read_edits(text: str) -> Edits:
     """Return the edits written in `text`; raises ValueError naming a line that cannot be read."""
     plan, picture, by_tile = None, None, {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if header := HEADER.match(line):
-            plan, picture = _read_plan(header), header[7]
-        elif match := LINE.match(line):
-            kind = SIGNS[match[2]]
-            if (kind == "clear") == bool(match[3].strip()):
-                raise ValueError(f"line {number} of the edits, {line!r}: write `3: text`, `3+ text` or `3-`")
-            by_tile[int(match[1]) - 1] = Edit(kind, match[3].strip())
+    for number, line in enumerate(LINE_ENDS.split(text.removeprefix("\ufeff")), 1):
+        line = line.strip(BLANKS)
+        if header := HEADER.fullmatch(line):
+            if plan is None:
+                plan, picture = _read_plan(header), header[7]
         elif line and not line.startswith("#"):
-            raise ValueError(f"line {number} of the edits, {line!r}: write `3: text`, `3+ text` or `3-`")
+            index, edit = _read_line(number, line)
+            by_tile[index] = by_tile[index].then(edit) if index in by_tile else edit
     return Edits(by_tile, plan, picture)
+
+
+def _read_line(number: int, line: str) -> tuple[int, Edit]:
+    match = LINE.fullmatch(line)
+    text = match[3].strip(BLANKS) if match else ""
+    if match is None or (match[2] == "-") == bool(text):
+        raise ValueError(f"line {number} of the edits, {line[:80]!r}: write `3: text`, `3+ text` or `3-`")
+    return int(match[1]) - 1, Edit(SIGNS[match[2]], text)
 
 
 def _read_plan(header: re.Match) -> TilePlan:

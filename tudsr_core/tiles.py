@@ -55,9 +55,12 @@ class TilePlan:
         return len(self.tops) * len(self.lefts)
 
     def __iter__(self) -> Iterator[Tile]:
-        boxes = ((top, left) for top in self.tops for left in self.lefts)
-        for index, (top, left) in enumerate(boxes):
-            yield Tile(index, top, left, self.tile_height, self.tile_width)
+        return (self.tile(index) for index in range(len(self)))
+
+    def tile(self, index: int) -> Tile:
+        """Return the tile of that number in reading order."""
+        row, column = divmod(index, len(self.lefts))
+        return Tile(index, self.tops[row], self.lefts[column], self.tile_height, self.tile_width)
 
     def region(self, tile: Tile, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return `top, bottom, left, right` of `tile` in a picture of `size` (height, width) that shows the same.
