@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tudsr_core import __version__
+
 TUDSR = [sys.executable, "-m", "tudsr_core"]
 WIDE = {**os.environ, "COLUMNS": "400"}
 
 
 def tudsr(*args, **options):
-    options = {"capture_output": True, "text": True, "timeout": 300} | options
+    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300} | options
     return subprocess.run([*TUDSR, *map(str, args)], **options)
 
 
@@ -263,3 +265,53 @@ def test_download_lists_and_explains(tmp_path):
 def test_adapter_options_need_an_adapter(photo, tmp_path):
     done = tudsr("upscale", photo, "-o", tmp_path / "x.png", "--detail", 0.5)
     assert done.returncode == 1 and "add --stage-one" in done.stderr
+
+
+# Runs the entry point of the `tudsr` script and says which heavy modules that took.
+LIGHT = """
+import sys
+sys.argv = ["tudsr", *sys.argv[1:]]
+from tudsr_core.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "numpy", "PIL", "diffusers", "transformers", "tifffile"} & set(sys.modules)
+    print("heavy:", *sorted(heavy), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["--help"], {}, "Diffusion super-resolution"),
+        (["upscale", "--help"], {}, "--long-edge"),
+        (["zoom", "--help"], {}, "--guidance"),
+        (["--version"], {}, f"tudsr {__version__}"),
+        (["--show-completion", "bash"], {}, "_TUDSR_COMPLETE=complete_bash"),
+        ([], {"_TUDSR_COMPLETE": "complete_bash", "COMP_WORDS": "tudsr up", "COMP_CWORD": "1"}, "upscale"),
+        ([], {"_TUDSR_COMPLETE": "complete_bash", "COMP_WORDS": "tudsr zoom --win", "COMP_CWORD": "2"}, "--window"),
+    ],
+    ids=["help", "upscale help", "zoom help", "version", "script", "complete a command", "complete an option"],
+)
+def test_help_version_and_completion_load_nothing_heavy(arguments, environment, says):
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env=WIDE | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+    assert done.stderr.splitlines()[-1] == "heavy:"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_name_that_the_console_cannot_show_is_still_done(photo, tmp_path, encoding):
+    odd = photo.rename(tmp_path / "写真 é.png")
+    console = {**WIDE, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    (tmp_path / "無.png").write_bytes(b"no picture")
+    made = tmp_path / "大"
+    done = tudsr("upscale", odd, tmp_path / "無.png", "-o", made, "--scale", 2, env=console, encoding=encoding)
+    assert size(made / odd.name) == (56, 40)
+    assert r"\u5199\u771f" in done.stdout and "56 x 40 written" in done.stdout
+    assert r"\u7121.png" in done.stderr and "Traceback" not in done.stderr and done.returncode == 1

@@ -37,6 +37,7 @@ from .console import (
     WindowOption,
     err,
     given,
+    never_fail_to_print,
     one_line_errors,
     out,
     run_jobs,
@@ -46,7 +47,6 @@ from .console import (
 app = typer.Typer(
     help="Diffusion super-resolution in two one-step stages (TUDSR).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 add_file_commands(app)
@@ -68,6 +68,21 @@ TokenizerOption = Annotated[
 StepsOption = Annotated[int, typer.Option(help="Network evaluations per tile: 1 to 5 with InvSR, else 1.")]
 FidelityOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the pixel-level part.")]
 DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semantic part.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"tudsr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before every command."""
 
 
 @app.command()
@@ -235,6 +250,7 @@ def evaluate(
 
 def main() -> None:
     """Run the command; usage errors exit with 2, every expected failure with 1 and one line on stderr."""
+    never_fail_to_print()
     handler = RichHandler(console=err, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     app()

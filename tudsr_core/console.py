@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -44,6 +45,13 @@ FormatOption = Annotated[Suffix | None, typer.Option("--format", help="File type
 ForceOption = Annotated[bool, typer.Option(help="Replace files that exist.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Precision of the networks.")]
+
+
+def never_fail_to_print() -> None:
+    """Let stdout escape what its encoding lacks: a name that the console cannot show must not end a job."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # absent where a caller has put its own object in their place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def complain(error: BaseException) -> None:

@@ -1,7 +1,8 @@
 """The noise schedule of Stable Diffusion and the one-step formulas built on it.
 
 Pure numbers: the tables are float64, the step is one line of tensor arithmetic. Multi-step
-sampling is not here.
+sampling is not here. The names of methods are read from here before torch is needed, so it is
+imported where a table is made.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class NoiseSchedule:
 @lru_cache(maxsize=4)
 def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> NoiseSchedule:
     """Return the schedule of SD 1.x / 2.x: betas linear in their square root ("scaled_linear")."""
+    import torch
+
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     return NoiseSchedule(torch.cumprod(1 - betas, 0))
 
