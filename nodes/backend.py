@@ -86,7 +86,7 @@ class ComfyNetworks:
     ) -> Tensor:
         """Run `body(predict)` inside ComfyUI's sampling path, so that hooks, wrappers and offload act."""
         model = self.model.clone()
-        estimate_memory_for(model, "tudsr_stage", part)
+        estimate_memory_for(model, "tudsr_stage", part[0] // len(z), part[-2:])
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": condition})
         guider.set_cfg(1.0)
@@ -115,6 +115,7 @@ class _OneStepSampler(comfy.samplers.Sampler):
     ):
         sigma = sigmas[0]
         whole, hints = guider.conds, {}
+        spatial = is_spatial(whole, noise.shape)
         scale = (1 + sigma**2) ** 0.5
 
         def eps(parts: Tensor) -> Tensor:
@@ -127,12 +128,12 @@ class _OneStepSampler(comfy.samplers.Sampler):
             if self.texts:
                 planned = self.texts.planned(tile, noise.shape[-2:])
                 own = {name: self.texts.pick(entries, [planned], batch) for name, entries in whole.items()}
-            if not is_spatial(whole):
+            if not spatial:
                 return own
-            return {name: crop_conds(entries, tile, noise.shape, hints) for name, entries in own.items()}
+            return {name: crop_conds(entries, tile, noise, hints) for name, entries in own.items()}
 
         def predict(parts: Tensor, tiles: Sequence[Tile]) -> Tensor:
-            if not (self.texts or is_spatial(whole)):
+            if batches_tiles(noise) and not (self.texts or spatial):
                 return eps(parts)
             results = []
             for tile, one in zip(tiles, parts.chunk(len(tiles)), strict=True):
@@ -145,13 +146,19 @@ class _OneStepSampler(comfy.samplers.Sampler):
         return noise
 
 
-def estimate_memory_for(model: Any, key: str, part: tuple[int, ...]) -> None:
-    """Make ComfyUI reserve memory for one call of shape `part` instead of the whole picture."""
+def estimate_memory_for(model: Any, key: str, tiles: int, size: Sequence[int]) -> None:
+    """Make ComfyUI reserve memory for `tiles` of `size` (height, width) at once instead of the whole latent."""
 
     def prepare(executor, patcher, noise_shape, conds, *args, **kwargs):
-        return executor(patcher, list(part), conds, *args, **kwargs)
+        sides = map(min, noise_shape[-2:], size)
+        return executor(patcher, [noise_shape[0] * tiles, *noise_shape[1:-2], *sides], conds, *args, **kwargs)
 
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, key, prepare)
+
+
+def batches_tiles(x: Tensor) -> bool:
+    """Return whether tiles of `x` are computed together: a CPU gains nothing by it, and its sums would change."""
+    return x.device.type != "cpu"
 
 
 class Progress:

@@ -67,7 +67,7 @@ class TileTexts:
     def check(self, x: Tensor) -> None:
         """Raise ValueError if the latent `x` is not what the plan was made for."""
         wanted = self.plan.height, self.plan.width
-        if x.ndim != 4 or tuple(x.shape[-2:]) != wanted:
+        if tuple(x.shape[-2:]) != wanted:
             raise ValueError(
                 f"the tile prompts are for a latent of {wanted[1]} x {wanted[0]}, but the sampled one is "
                 f"{tuple(x.shape)}; make Tile Plan of the same size, best by connecting the latent to it"

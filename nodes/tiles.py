@@ -12,19 +12,21 @@ from torch import Tensor
 from ..tudsr_core.pipeline import UpscaleOptions
 from ..tudsr_core.plan import AUTO_TILES_PX
 from ..tudsr_core.tiles import Canvas, Tile, TilePlan, Window, plan_tiles
-from .backend import estimate_memory_for
+from .backend import batches_tiles, estimate_memory_for
 from .conds import HintCache, crop_conds, is_spatial
 from .tile_text import TilePromptsType, TileTexts
 
 KEY = "tudsr_multidiffusion"
 CATEGORY = "image/upscaling/TUDSR"
 DEFAULTS = UpscaleOptions()
+TILE_BATCH_SAYS = "A CPU computes one at a time. The picture does not depend on it, on a GPU but for rounding."
 
 
 class TiledPrediction:
     """A CALC_COND_BATCH wrapper: tiles instead of the whole latent, blended with normalised weights.
 
     MultiDiffusion (Bar-Tal et al. 2023, eq. 5): the weighted least-squares agreement of all tiles.
+    Tiles lie over the last two axes, so a video (`B C T H W`) is cut into tiles of all its frames.
     With `jitter`, the grid is shifted by a different offset each step (seeded by the step's noise
     level), which moves what is left of seams around. With `texts`, their plan is used and every
     tile is given its own prompt.
@@ -49,18 +51,19 @@ class TiledPrediction:
             self.hints.clear()
 
     def __call__(self, executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
+        refuse_what_has_no_tiles(x_in, model_options)
         if self.texts:
             self.texts.check(x_in)
             plan = self.texts.plan
         else:
             plan = plan_tiles(x_in.shape[-2], x_in.shape[-1], self.tile, self.overlap)
-        if not self.texts and (x_in.ndim != 4 or len(plan) == 1):
+        if not self.texts and len(plan) == 1:
             return executor(model, conds, x_in, timestep, model_options)
         if self.jitter:
             plan = self._shifted(plan, float(timestep[0]))
-        spatial = is_spatial(conds)
+        spatial = is_spatial(conds, x_in.shape)
         canvases = [Canvas(plan, self.window) for _ in conds]
-        for tiles in plan.batches(1 if spatial else self.batch):
+        for tiles in plan.batches(1 if spatial or not batches_tiles(x_in) else self.batch):
             for group, cut in self._conditions(conds, tiles, x_in, spatial):
                 parts = torch.cat([tile.cut(x_in) for tile in group])
                 results = executor(model, cut, parts, timestep.repeat(len(group)), model_options)
@@ -80,7 +83,7 @@ class TiledPrediction:
                     yield from self._conditions(conds, [tile], x_in, spatial)
                 return
             conds = picked
-        yield tiles, [crop_conds(entries, tiles[0], x_in.shape, self.hints) for entries in conds] if spatial else conds
+        yield tiles, [crop_conds(entries, tiles[0], x_in, self.hints) for entries in conds] if spatial else conds
 
     def _shifted(self, plan: TilePlan, sigma: float) -> TilePlan:
         """Move all inner tiles by one offset that keeps every point covered; the outer ones stay flush."""
@@ -103,6 +106,22 @@ class TiledPrediction:
             shift(plan.tops, plan.tile_height),
             shift(plan.lefts, plan.tile_width),
         )
+
+
+def refuse_what_has_no_tiles(x: Tensor, model_options: dict) -> None:
+    """Raise ValueError for latents without rows and columns, and for patches that hold a picture of the whole."""
+    if x.ndim not in (4, 5):
+        raise ValueError(
+            f"MultiDiffusion (Tiled) needs latents of pictures or video, but this one is {tuple(x.shape)}; "
+            "connect the MODEL to the sampler without it"
+        )
+    for patches in model_options.get("transformer_options", {}).get("patches", {}).values():
+        for patch in patches:
+            if hasattr(patch, "encoded_image_size"):
+                raise ValueError(
+                    f"this MODEL carries a control picture ({type(patch).__name__}) that MultiDiffusion (Tiled) cannot "
+                    "cut: every tile would see all of it; use a ControlNet on the CONDITIONING instead"
+                )
 
 
 def sampling_tile_inputs() -> list:
@@ -140,7 +159,7 @@ def tile_inputs(defaults: UpscaleOptions = DEFAULTS) -> list:
             min=0,
             max=64,
             tooltip="Tiles computed at once. 0: as many as fit in free memory. Raise it on a large GPU for speed; "
-            "lower it when memory runs out. The picture does not depend on it.",
+            f"lower it when memory runs out. {TILE_BATCH_SAYS}",
         ),
         io.Combo.Input(
             "window",
@@ -161,14 +180,22 @@ class MultiDiffusion(io.ComfyNode):
         window.default = "uniform"
         # ComfyUI plans this MODEL's memory before the sampler runs, so the batch must be known.
         tile_batch.default = tile_batch.min = 1
+        tile_batch.tooltip = (
+            "Tiles computed at once. Raise it on a large GPU for speed; lower it when memory runs out. "
+            "Areas, masks and ControlNets make it one at a time. " + TILE_BATCH_SAYS
+        )
         return io.Schema(
             node_id="TUDSRMultiDiffusion",
             display_name="MultiDiffusion (Tiled)",
             category=CATEGORY,
-            description="Makes any sampler work in overlapping tiles, so that pictures of any size fit in memory "
-            "and are drawn at the model's native size. Areas, masks and ControlNet hints are cut per tile.",
+            description="Makes any sampler work in overlapping tiles, so that pictures (and videos) of any size fit in "
+            "memory and are drawn at the model's native size. Areas, masks and ControlNet hints are cut per tile.",
             inputs=[
-                io.Model.Input("model", tooltip="Any Stable Diffusion model."),
+                io.Model.Input(
+                    "model",
+                    tooltip="Any model of pictures or video: Stable Diffusion, Flux, Qwen-Image, Wan. A video is cut "
+                    "into tiles of all its frames.",
+                ),
                 *sampling_tile_inputs(),
                 tile_batch,
                 window,
@@ -203,6 +230,5 @@ class MultiDiffusion(io.ComfyNode):
         for kind, wrapper in ((wrappers.CALC_COND_BATCH, tiled), (wrappers.OUTER_SAMPLE, tiled.run)):
             clone.remove_wrappers_with_key(kind, KEY)
             clone.add_wrapper_with_key(kind, KEY, wrapper)
-        channels = clone.model.latent_format.latent_channels
-        estimate_memory_for(clone, KEY, (tile_batch, channels, *size))
+        estimate_memory_for(clone, KEY, tile_batch, size)
         return io.NodeOutput(clone)
