@@ -1,9 +1,11 @@
 """The embedded model as real ComfyUI objects: a MODEL and a VAE that ComfyUI loads and offloads.
 
-Wraps diffusers networks in ComfyUI's BaseModel and VAE. No maths and no files of its own.
+Wraps the core's networks in ComfyUI's BaseModel and VAE. No maths and no files of its own.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import comfy.latent_formats
 import comfy.model_base
@@ -16,30 +18,29 @@ import torch
 from torch import Tensor, nn
 
 from ..tudsr_core.checkpoints import ModelFile
+from ..tudsr_core.models.embedded import AutoencoderDC, UNet, load_networks
 
 UNET_PREFIX = "diffusion_model.unet."
 
 
-class DiffusersUNet(nn.Module):
-    """A diffusers UNet behind the signature of ComfyUI's own."""
+class ComfyUNet(nn.Module):
+    """The core's UNet behind the signature of ComfyUI's own."""
 
-    def __init__(self, config: dict, device=None, operations=None) -> None:
+    def __init__(self, unet: UNet, device=None, operations=None) -> None:
         super().__init__()
-        from diffusers import UNet2DConditionModel
-
-        self.unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+        self.unet = unet
         self.dtype = torch.float32
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, **_) -> Tensor:
         return self.unet(x, timesteps, encoder_hidden_states=context).sample
 
 
-class DiffusersVAE(nn.Module):
-    """A diffusers autoencoder without a posterior behind the two methods ComfyUI calls."""
+class ComfyVAE(nn.Module):
+    """The core's autoencoder behind the two methods ComfyUI calls."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: AutoencoderDC) -> None:
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.network = network
 
     def encode(self, x: Tensor) -> Tensor:
         return self.network.encode(x).latent
@@ -50,20 +51,17 @@ class DiffusersVAE(nn.Module):
 
 def build(file: ModelFile) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.VAE]:
     """Return MODEL and VAE of `file`, in float32 (together 11 MB)."""
-    from diffusers import AutoencoderDC
-
-    network = AutoencoderDC.from_config(file.vae_config)
-    network.load_state_dict(file.vae)
-    return _build_model(file, network), _build_vae(file, network)
+    vae, unet = load_networks(file.vae_config, file.vae, file.unet_config, file.unet, file.name)
+    return _build_model(unet, vae), _build_vae(vae)
 
 
-def _build_model(file: ModelFile, network: nn.Module) -> comfy.model_patcher.ModelPatcher:
-    factors, bias = _preview_colors(network, file.unet_config["in_channels"])
+def _build_model(unet: UNet, vae: AutoencoderDC) -> comfy.model_patcher.ModelPatcher:
+    factors, bias = _preview_colors(vae)
 
     class Latent(comfy.latent_formats.LatentFormat):
-        latent_channels = file.unet_config["in_channels"]
-        scale_factor = file.vae_config["scaling_factor"]
-        spacial_downscale_ratio = network.spatial_compression_ratio
+        latent_channels = vae.config.latent_channels
+        scale_factor = vae.config.scaling_factor
+        spacial_downscale_ratio = vae.latent_scale
         latent_rgb_factors, latent_rgb_factors_bias = factors, bias
 
     class Config(comfy.supported_models_base.BASE):
@@ -74,9 +72,8 @@ def _build_model(file: ModelFile, network: nn.Module) -> comfy.model_patcher.Mod
         def inpaint_model(self) -> bool:
             return False
 
-    config = Config({"config": file.unet_config})
-    base = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, unet_model=DiffusersUNet)
-    base.diffusion_model.unet.load_state_dict(file.unet)
+    make = partial(ComfyUNet, unet)
+    base = comfy.model_base.BaseModel(Config({}), comfy.model_base.ModelType.EPS, unet_model=make)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(
         base, load_device=device, offload_device=comfy.model_management.unet_offload_device()
@@ -84,22 +81,22 @@ def _build_model(file: ModelFile, network: nn.Module) -> comfy.model_patcher.Mod
 
 
 @torch.inference_mode()
-def _preview_colors(network: nn.Module, channels: int) -> tuple[list[list[float]], list[float]]:
+def _preview_colors(vae: AutoencoderDC) -> tuple[list[list[float]], list[float]]:
     """Return how each latent channel colours the picture: ComfyUI's linear previews, from the decoder itself."""
-    step = 0.25
+    step, channels = 0.25, vae.config.latent_channels
     probes = torch.cat([torch.zeros(1, channels), step * torch.eye(channels)])
-    colors = network.decode(probes[:, :, None, None].expand(-1, -1, 8, 8)).sample.mean((2, 3))
+    colors = vae.decode(probes[:, :, None, None].expand(-1, -1, 8, 8)).sample.mean((2, 3))
     return ((colors[1:] - colors[0]) / step).tolist(), colors[0].tolist()
 
 
-def _build_vae(file: ModelFile, network: nn.Module) -> comfy.sd.VAE:
+def _build_vae(network: AutoencoderDC) -> comfy.sd.VAE:
     # ComfyUI's constructor knows no foreign autoencoder; it builds its smallest one, whose network
     # is then replaced, so that every other attribute is what this version of ComfyUI expects.
     vae = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD().state_dict(), dtype=torch.float32)
-    vae.first_stage_model = DiffusersVAE(network).to(torch.float32)
-    scale = network.spatial_compression_ratio
+    vae.first_stage_model = ComfyVAE(network)
+    scale = network.latent_scale
     vae.downscale_ratio = vae.upscale_ratio = scale
-    vae.latent_channels = file.vae_config["latent_channels"]
+    vae.latent_channels = network.config.latent_channels
     vae.process_input = lambda image: image * 2 - 1
     vae.process_output = lambda image: (image / 2 + 0.5).clamp(0, 1)
     bytes_per_pixel = 4 * 96  # the widest feature map, at half resolution, four of them alive

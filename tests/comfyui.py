@@ -53,6 +53,8 @@ class Server:
         command += ["--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(base)]
         command += ["--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"HOME": str(base)}
+        # A ComfyUI without this pack's command line: nodes must need nothing that it does not require itself.
+        environment["PYTHONPATH"] = str(PACK / "tests" / "without")
         self.process = subprocess.Popen(
             command, cwd=comfyui, env=environment, stdout=self.log.open("w", encoding="utf-8"), stderr=subprocess.STDOUT
         )

@@ -58,6 +58,15 @@ def test_the_pack_loads_without_complaint(server):
     assert len(ids) == 20
 
 
+def test_the_nodes_need_nothing_that_comfyui_does_not_require(server):
+    """Template 01 where diffusers, tifffile, imagecodecs, typer, rich, peft and accelerate cannot be imported."""
+    assert "nothing but what ComfyUI requires can be imported" in server.log.read_text("utf-8")
+    work = graph("01-embedded-x8")
+    work["1"]["inputs"]["image"] = server.put_image("little.png", photo(16, 20))
+    (image,) = server.images(server.run(work), "4")
+    assert image.shape[:2] == (128, 160) and image.std() > 3
+
+
 def test_every_node_has_help_tooltips_and_a_frozen_schema(server):
     frozen = json.loads((PACK / "tests" / "schema.json").read_text("utf-8"))
     for name, info in server.get("/object_info").items():

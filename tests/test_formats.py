@@ -159,6 +159,58 @@ def test_the_noise_predictor_is_the_published_network(files):
         build_predictor(broken, "broken.pth")
 
 
+class DiffusersEncoder(torch.nn.Module):
+    """InvSR's encoder out of the blocks of diffusers that its authors used."""
+
+    def __init__(self, widths, layers, temb):
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+        from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, UNetMidBlock2D
+
+        super().__init__()
+        shared = dict(temb_channels=temb, resnet_eps=1e-6, resnet_groups=32, attention_head_dim=64)
+        down = dict(num_layers=layers, downsample_padding=0, **shared)
+        self.time_proj = Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(128, temb)
+        self.conv_in = torch.nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = torch.nn.ModuleList(
+            [
+                AttnDownBlock2D(in_channels=widths[0], out_channels=widths[0], downsample_type="conv", **down),
+                AttnDownBlock2D(in_channels=widths[0], out_channels=widths[1], downsample_type=None, **down),
+            ]
+        )
+        self.mid_block = UNetMidBlock2D(in_channels=widths[1], **shared)
+        self.conv_norm_out = torch.nn.GroupNorm(32, widths[1], eps=1e-6)
+        self.conv_out = torch.nn.Conv2d(widths[1], 8, 3, padding=1)
+
+    def forward(self, x, t):
+        emb = self.time_embedding(self.time_proj(torch.full((len(x),), float(t))))
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x, _ = block(x, emb)
+        return self.conv_out(torch.nn.functional.silu(self.conv_norm_out(self.mid_block(x, emb))))
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@torch.no_grad()
+def test_the_noise_predictor_equals_the_blocks_of_diffusers(layers):
+    torch.manual_seed(1)
+    wanted = DiffusersEncoder((64, 128), layers, 96).eval()
+    ours = build_predictor({f"encoder.{key}": value for key, value in wanted.state_dict().items()}, "test")
+    for size, t in (((16, 24), 199), ((2, 2), 0), ((18, 10), 999)):
+        pixels = torch.rand(2, 3, *size)
+        mean, deviation = ours(pixels, t)
+        moments = wanted(pixels * 2 - 1, t)
+        assert (mean - moments[:, :4]).abs().max() < 1e-6
+        assert (2 * deviation.log() - moments[:, 4:]).abs().max() < 1e-5
+
+
+def test_a_noise_predictor_that_would_take_for_ever_is_refused():
+    tensors = {f"encoder.down_blocks.0.resnets.{i}.conv1.bias": torch.zeros(64) for i in range(5000)}
+    weights = {f"encoder.down_blocks.{i}.resnets.0.conv1.weight": torch.zeros(64, 1) for i in (0, 1)}
+    with pytest.raises(CheckpointError, match=r"big.pth is not a whole InvSR noise predictor \(5000 layers"):
+        build_predictor(tensors | weights, "big.pth")
+
+
 def test_counts_on_the_full_size_networks():
     """The published numbers of modules and parameters, on shapes alone."""
     from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -378,6 +378,22 @@ def test_folders_may_be_half_precision_sharded_or_old(small_sd, tmp_path):
         read_base(tmp_path / "base")
 
 
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_a_config_key_that_diffusers_would_drop_is_refused_by_name(small_sd, tmp_path, part):
+    import json
+    import shutil
+
+    import diffusers
+
+    shutil.copytree(small_sd / "base", tmp_path / "base")
+    path = tmp_path / "base" / part / "config.json"
+    config = json.loads(path.read_bytes()) | {"norm_out_eps": 0.1, "_internal": "left alone"}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    says = f"the config of its {part} says 'norm_out_eps', which the installed diffusers {diffusers.__version__} does"
+    with pytest.raises(CheckpointError, match=says):
+        read_base(tmp_path / "base")
+
+
 def test_sd21_single_file_equals_the_folder(small_sd, tmp_path):
     """The same weights under the original checkpoint's names give the same networks."""
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""The pipeline's `Networks` over diffusers: for the command line, batch work, training and tests.
+"""The pipeline's `Networks` over networks of torch and diffusers: for the command line, batch work, training and tests.
 
 Loads the embedded model, a folder or single file of SD2.1-base or SD-Turbo, and adapters. ComfyUI
 never comes this way; its own models are wrapped in `nodes/`.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, Patch, PatchSlot
 from .checkpoints import DTYPES, embedded_path, read_adapter, read_model
+from .models.embedded import load_networks
 from .models.invsr import build_predictor
 from .pipeline import Model, NoisePredictor, Predict, Stage
 from .plan import NetworkFacts, StageLimits
@@ -67,7 +68,7 @@ class Backbone:
     def latent_scale(self) -> int:
         """Pixels per latent."""
         config = self.vae.config
-        blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        blocks = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
         return 2 ** (len(blocks) - 1)
 
     @cached_property
@@ -202,12 +203,9 @@ class LocalNetworks:
 
 def load_embedded(device: str = "auto", dtype: str = "fp32", path: Path | None = None) -> Model:
     """Return the model shipped with this package (or another `tudsr-model` file) as two stages."""
-    from diffusers import AutoencoderDC, UNet2DConditionModel
-
-    file = read_model(path or embedded_path())
-    vae, unet = AutoencoderDC.from_config(file.vae_config), UNet2DConditionModel.from_config(file.unet_config)
-    vae.load_state_dict(file.vae)
-    unet.load_state_dict(file.unet)
+    path = path or embedded_path()
+    file = read_model(path)
+    vae, unet = load_networks(file.vae_config, file.vae, file.unet_config, file.unet, path)
     empty = torch.zeros(1, 1, unet.config.cross_attention_dim)
     backbone = Backbone(vae, unet, lambda *texts: empty.expand(len(texts), -1, -1), pick_device(device), DTYPES[dtype])
     first = Stage(LocalNetworks(backbone), (file.first_step,), "stage one")

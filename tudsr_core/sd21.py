@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from torch import Tensor, nn
@@ -154,14 +156,27 @@ def _fill(path: Path, name: str, kind: type, config: dict, weights: dict[str, Te
         weights = {key.replace(old, new): value for key, value in weights.items()}
     try:
         with torch.device("meta"):
-            network = kind.from_config(config)
+            network, unused = kind.from_config(config, return_unused_kwargs=True)
+        _check_all_used(path, name, unused)
         network.load_state_dict(weights, assign=True)
+    except CheckpointError:
+        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{path} cannot be loaded as Stable Diffusion: its {name} does not fit ({reason})"
         ) from error
     return network
+
+
+def _check_all_used(path: Path, name: str, unused: Iterable[str]) -> None:
+    # diffusers drops what it does not know and builds another network than the file's.
+    dropped = [short(key) for key in unused if not key.startswith("_")]
+    if dropped:
+        raise CheckpointError(
+            f"{path}: the config of its {name} says {some(dropped)}, which the installed diffusers "
+            f"{metadata.version('diffusers')} does not know and would ignore; update diffusers"
+        )
 
 
 def read_prediction(path: Path) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..adapters import Low
 from ..known_files import where_to_get
 from ..tensor_files import CheckpointError, TensorFile, check_finite, read_file, some, write_file
+from .fill import fill, mismatches
 from .ram import RamConfig, RamTagger, prepare
 from .swin import SwinConfig
 
@@ -131,7 +132,7 @@ def load_tagger(path: Path) -> DapeTagger:
         raise CheckpointError(f"{path} has damaged metadata ({error!r}); convert the weights again") from error
     if not len(labels) == len(thresholds) == config.labels:
         raise CheckpointError(f"{path} has {len(labels)} tags and {len(thresholds)} thresholds for {config.labels}")
-    return DapeTagger(_filled(path, config, file.tensors), labels, thresholds, path.stem)
+    return DapeTagger(_network(path, config, file.tensors), labels, thresholds, path.stem)
 
 
 def write_tagger(path: Path, tagger: DapeTagger) -> None:
@@ -149,7 +150,7 @@ def read_published(ram: Path, dape: Path | None, lists: Path, config: RamConfig 
     """
     config = config or RamConfig()
     labels, thresholds = read_lists(lists, config.labels)
-    network = _filled(ram, config, _own_names(read_file(ram), config.layers))
+    network = _network(ram, config, _own_names(read_file(ram), config.layers))
     if dape:
         merge_updates(network, read_file(dape))
     return DapeTagger(network, labels, thresholds, dape.stem if dape else ram.stem)
@@ -208,31 +209,10 @@ def _own_name(key: str, layers: int) -> str:
     return key
 
 
-def _filled(path: Path, config: RamConfig, tensors: Mapping[str, Tensor]) -> RamTagger:
-    """Return a network holding float32 copies of `tensors`; raises CheckpointError unless all fit."""
+def _network(path: Path, config: RamConfig, tensors: Mapping[str, Tensor]) -> RamTagger:
     with torch.device("meta"):
         network = RamTagger(config)
-    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    problems = _mismatches(wanted, tensors)
-    if problems:
-        raise CheckpointError(f"{path} does not fit the tagger: {problems}; use {RAM_FILE} or a converted file")
-    weights = {key: tensors[key].to(torch.float32, copy=True) for key in wanted}
-    check_finite(path, weights.items())
-    network.load_state_dict(weights, assign=True)
-    return network
-
-
-def _mismatches(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> str:
-    """Return what is missing, unknown or of another shape, "" if all is well."""
-    missing = [key for key in wanted if key not in tensors]
-    unknown = [key for key in tensors if key not in wanted]
-    wrong = [
-        f"{key} ({tuple(value.shape)}, not {wanted[key]})"
-        for key, value in tensors.items()
-        if key in wanted and tuple(value.shape) != wanted[key]
-    ]
-    parts = (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
-    return "; ".join(f"{what} {some(names)}" for what, names in parts if names)
+    return fill(network, tensors, path, "the tagger", f"use {RAM_FILE} or a converted file")
 
 
 @torch.no_grad()
@@ -251,7 +231,7 @@ def merge_updates(network: RamTagger, updates: TensorFile) -> None:
         (rows, columns), parts = weights[f"{name}.weight"].shape, 2 if name in stacked else 1
         wanted[f"{name}.lora_A"] = (parts * RANK, columns)
         wanted[f"{name}.lora_B"] = (2 * columns if name in stacked else rows, RANK)
-    problems = _mismatches(wanted, own)
+    problems = mismatches(wanted, own)
     if problems:
         raise CheckpointError(f"{updates.path} does not fit RAM: {problems}; use {DAPE_FILE} of SeeSR or OSEDiff")
     check_finite(updates.path, own.items())

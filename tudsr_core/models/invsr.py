@@ -1,18 +1,22 @@
-"""InvSR's noise predictor, built from diffusers' blocks under its published key names.
+"""InvSR's noise predictor under its published key names.
 
 Only the network; when it is called and what becomes of the noise is the pipeline's business.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..tensor_files import CheckpointError, some
+from ..tensor_files import CheckpointError
+from .fill import fill
+from .unet_blocks import Attention, Downsample, ResnetBlock, TimeEmbedding
 
 HEAD_CHANNELS, EPS = 64, 1e-6
+MAX_LAYERS = 16  # published: 3
 
 
 class NoisePredictor(nn.Module):
@@ -38,44 +42,42 @@ class NoisePredictor(nn.Module):
 
 class _TimeAwareEncoder(nn.Module):
     def __init__(self, widths: tuple[int, int], layers: int, temb: int, groups: int) -> None:
-        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-        from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, UNetMidBlock2D
-
         super().__init__()
-        shared = dict(
-            temb_channels=temb,
-            resnet_eps=EPS,
-            resnet_act_fn="silu",
-            resnet_groups=groups,
-            attention_head_dim=HEAD_CHANNELS,
-        )
-        steps = max(128, widths[0])
-        self.time_proj = Timesteps(steps, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(steps, temb)
+        self.time_embedding = TimeEmbedding(max(128, widths[0]), temb)
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        befores = (widths[0], *widths)
         self.down_blocks = nn.ModuleList(
-            AttnDownBlock2D(
-                in_channels=before,
-                out_channels=width,
-                num_layers=layers,
-                downsample_padding=0,
-                downsample_type="conv" if width is not widths[-1] else None,
-                **shared,
-            )
-            for before, width in zip((widths[0], *widths), widths, strict=False)
+            _Block([before] + [width] * layers, layers, temb, groups, halves=level + 1 < len(widths))
+            for level, (before, width) in enumerate(zip(befores, widths, strict=False))
         )
-        self.mid_block = UNetMidBlock2D(in_channels=widths[-1], **shared)
+        self.mid_block = _Block([widths[-1]] * 3, 1, temb, groups, halves=False)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 8, 3, padding=1)
 
     def forward(self, x: Tensor, t: int) -> Tensor:
-        steps = self.time_proj(torch.full((len(x),), float(t), device=x.device))
-        emb = self.time_embedding(steps.to(x.dtype))
+        time = self.time_embedding(t, x)
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x, _ = block(x, emb)
-        x = self.mid_block(x, emb)
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x, time)
         return self.conv_out(nn.functional.silu(self.conv_norm_out(x)))
+
+
+class _Block(nn.Module):
+    """Residual blocks along `channels`, the first ones with attention behind them, then perhaps a halving."""
+
+    def __init__(self, channels: list[int], attentions: int, temb: int, groups: int, halves: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, temb, groups, EPS) for a, b in pairwise(channels))
+        self.attentions = nn.ModuleList(Attention(channels[-1], HEAD_CHANNELS, groups, EPS) for _ in range(attentions))
+        self.downsamplers = nn.ModuleList([Downsample(channels[-1], padding=0)] if halves else [])
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            x = resnet(x, time)
+            x = x if attention is None else attention(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+        return x
 
 
 def build_predictor(tensors: dict[str, Tensor], source: str | Path) -> NoisePredictor:
@@ -88,16 +90,11 @@ def build_predictor(tensors: dict[str, Tensor], source: str | Path) -> NoisePred
         layers = sum(
             1 for key in tensors if key.startswith("encoder.down_blocks.0.resnets.") and key.endswith("conv1.bias")
         )
+        if layers > MAX_LAYERS:
+            raise ValueError(f"{layers} layers in a block")
         temb = tensors["encoder.time_embedding.linear_1.bias"].shape[0]
         with torch.device("meta"):
             network = NoisePredictor(widths, layers, temb)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{source} is not a whole InvSR noise predictor ({error}); download it again") from error
-    wanted = network.state_dict()
-    wrong = sorted(key for key in wanted.keys() ^ tensors.keys()) or sorted(
-        key for key in wanted if wanted[key].shape != tensors[key].shape
-    )
-    if wrong:
-        raise CheckpointError(f"{source} does not fit InvSR's noise predictor at: {some(wrong)}")
-    network.load_state_dict(tensors, assign=True)
-    return network.eval().requires_grad_(False)
+    return fill(network, tensors, source, "InvSR's noise predictor", "download it again")

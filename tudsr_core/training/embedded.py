@@ -1,7 +1,7 @@
 """Train the embedded model: `python -m tudsr_core.training.embedded --wheels wheels --out model.safetensors`.
 
-A small relative of the real thing, of stock diffusers classes: AutoencoderDC (f = 4, 32 latents)
-and UNet2DConditionModel, eps prediction on SD's schedule. Phase one trains VAE and UNet as stage
+A small relative of the real thing, the two networks of `models.embedded`: an autoencoder (f = 4,
+32 latents) and a UNet, eps prediction on SD's schedule. Phase one trains VAE and UNet as stage
 one at t = 200 (the backbone itself is stage one) and rehearses stage two at t = 50, then polishes
 smooth colours; phase two freezes both and trains LoRA-2 at t = 50 on stage one's outputs with the looped-chunk scheme
 (TUDSR sec. 3.3: crop N x R, gradients accumulated over N^2 chunks of R before one step).
@@ -21,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints import PEFT_PREFIX, Adapter, Low, ModelFile, write_model
+from ..adapters import Adapter, Low, Patch
+from ..checkpoints import ModelFile, write_model
+from ..formats import PEFT_PREFIX
 from ..image import resize
 from ..metrics import psnr_y
+from ..models.embedded import make_unet, make_vae
 from ..plan import StageLimits
 from ..schedule import from_noise_level
 from . import data
@@ -69,9 +72,7 @@ LORA_TARGETS = ["conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out"
 
 def build() -> tuple[nn.Module, nn.Module]:
     """Return an untrained `(vae, unet)` with the shapes of the embedded model."""
-    from diffusers import AutoencoderDC, UNet2DConditionModel
-
-    return AutoencoderDC.from_config(VAE_CONFIG), UNet2DConditionModel.from_config(UNET_CONFIG)
+    return make_vae(VAE_CONFIG, "training"), make_unet(UNET_CONFIG, "training")
 
 
 @dataclass
@@ -299,7 +300,7 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
             vae=model.vae.state_dict(),
             unet=model.unet.state_dict(),
             first_step=STAGE_ONE,
-            second=Adapter("stage two", lows, stage=2, step=STAGE_TWO),
+            second=Adapter("stage two", Patch(lows), stage=2, steps=(STAGE_TWO,)),
             limits=StageLimits(first_max=4, second=2, single_up_to=4),
         ),
     )

@@ -1,0 +1,40 @@
+"""Training of the embedded model: every phase runs a step and the file it writes is a model."""
+
+import pytest
+import torch
+
+from tudsr_core.image import resize
+from tudsr_core.local import load_embedded
+from tudsr_core.pipeline import upscale
+from tudsr_core.plan import Target
+from tudsr_core.training import embedded as training
+from tudsr_core.training.data import Crops, draw_pictures
+from tudsr_core.training.identity import start_as_identity
+
+
+def test_both_phases_run_and_the_file_is_a_model(tmp_path, monkeypatch, noise):
+    monkeypatch.setattr(training, "CHUNK", 32)
+    torch.manual_seed(0)
+    photos = {"soft": resize(noise(1, 3, 20, 20), (160, 160))[0].clamp(0, 1)}
+    crops = Crops(photos, draw_pictures(2, 0, list(photos.values())), 0)
+    model = training.Restorer(*training.build())
+    start_as_identity(model.vae, model.unet, training.STAGE_ONE, crops.batch(8, 64))
+    picture = crops.batch(1, 64)
+    with torch.no_grad():
+        assert (model.step(picture) - picture).abs().mean() < 0.02  # training starts at bicubic
+    losses = []
+
+    def report(step, loss, average):
+        losses.append(loss)
+
+    model = training.train_backbone(crops, model, 1, 1e-4, report)
+    model = training.train_backbone(crops, model, 1, 1e-4, report, polish=True)
+    adapted = training.train_stage_two(crops, model, 1, 1e-3, report)
+    assert len(losses) == 3 and all(0 < loss < 5 for loss in losses)
+    training.save(tmp_path / "new.safetensors", model, adapted)
+    loaded = load_embedded("cpu", path=tmp_path / "new.safetensors")
+    enlarged = upscale(picture[..., :16, :16], loaded, Target(scale=8))
+    assert enlarged.shape == (1, 3, 128, 128) and enlarged.isfinite().all()
+    assert loaded.second.steps[0].t == training.STAGE_TWO.t
+    low = next(iter(loaded.second.networks.unet_patch.lows.values()))
+    assert low.alpha == pytest.approx(training.LORA_RANK)
