@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -163,3 +164,79 @@ def test_an_adapter_for_another_base_is_refused():
     ):
         with pytest.raises(CheckpointError, match=says):
             slot.check(patch, "foreign")
+
+
+def model_with(tmp_path, **changes):
+    """A copy of the shipped model whose facts say something else."""
+    with safe_open(embedded_path(), framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    facts = json.loads(metadata["model"])
+    facts = {key: value for key, value in (facts | changes).items() if value != "gone"}
+    save_file(tensors, tmp_path / "model.safetensors", metadata | {"model": json.dumps(facts)})
+    return tmp_path / "model.safetensors"
+
+
+UNET, VAE = read_model(embedded_path()).unet_config, read_model(embedded_path()).vae_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vae_config": "owner/name"}, "vae_config must be a table of names and values, not owner/name"),
+        ({"unet_config": ["owner/name"]}, "unet_config must be a table"),
+        ({"unet_config": "gone"}, "lacks 'unet_config'"),
+        ({"stage_two_alpha": "gone"}, "lacks 'stage_two_alpha'"),
+        ({"stage_one_timestep": 1000}, "'stage_one_timestep' is 1000, it must be from 0 to 999"),
+        ({"stage_two_timestep": 0.5}, "must be a whole number"),
+        ({"limits": {"second": 1.0000001}}, "second 1 is not possible; use 1.25 to 64"),
+        ({"limits": {"first_max": 0}}, "first_max 0 is not possible"),
+        ({"limits": {"second": 1}}, "second 1 is not possible"),
+        ({"limits": {"single_up_to": "x"}}, "'single_up_to' is x, it must be a number"),
+        ({"limits": 3}, "limits must be a table"),
+        ({"unet_config": UNET | {"layers_per_block": 100_000}}, "its layers are too many"),
+        ({"unet_config": UNET | {"transformer_layers_per_block": [90] * 9}}, "its layers are too many"),
+        ({"unet_config": UNET | {"block_out_channels": [2**30, 96]}}, "'block_out_channels' is no size of a network"),
+        ({"vae_config": VAE | {"encoder_layers_per_block": [0] * 10_000}}, "is no size of a network"),
+        ({"vae_config": VAE | {"scaling_factor": {"a": 1}}}, "is no size of a network"),
+    ],
+)
+def test_facts_of_a_model_are_data_within_limits(tmp_path, changes, says):
+    with pytest.raises(CheckpointError, match=says):
+        read_model(model_with(tmp_path, **changes))
+
+
+def test_notes_of_libraries_in_a_configuration_are_left_out(tmp_path):
+    notes = {"_class_name": "Other", "_name_or_path": "owner/name", "_diffusers_version": "9"}
+    assert read_model(model_with(tmp_path, unet_config=UNET | notes)).unet_config == UNET
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ({"stage": "3"}, "'stage' is 3, it must be from 1 to 2"),
+        ({"stage": "[1]"}, "'stage' is a list"),
+        ({"steps": "3"}, "'steps' must be a list of 1 to 100 steps"),
+        ({"steps": "[]"}, "'steps' must be a list"),
+        ({"steps": json.dumps([{"t": 1, "p": 1, "q": 1}] * 101)}, "'steps' must be a list"),
+        ({"steps": "[3]"}, "must be a table"),
+        ({"steps": '[{"t": 1, "p": 1}]'}, "lacks 'q'"),
+        ({"steps": '[{"t": 1000, "p": 1, "q": 1}]'}, "'t' is 1000, it must be from 0 to 999"),
+        ({"steps": '[{"t": 1, "p": 1e40, "q": 1}]'}, "a number that is none or far too large"),
+        ({"steps": "[" * 99 + "]" * 99}, "nested too deeply"),
+        ({"method": "\x1b[1m"}, r"of method '\\x1b\[1m'"),
+        ({"format": "tudsr-adapter/\x1b"}, r"newer version \(tudsr-adapter/\\x1b"),
+    ],
+)
+def test_what_an_adapter_says_of_itself_is_checked(tmp_path, about, says):
+    tensors = {f"unet.conv1.{half}": torch.ones(2, 2) for half in HALVES} | {"unet.conv1.alpha": torch.tensor(4.0)}
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "tudsr-adapter/2", "method": "tudsr"} | about)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_adapter(tmp_path / "a.safetensors")
+    assert str(caught.value).isprintable()
+
+
+def test_an_alpha_of_many_numbers_is_named(tmp_path):
+    tensors = {f"unet.conv1.{half}": torch.ones(2, 2) for half in HALVES} | {"unet.conv1.alpha": torch.ones(3)}
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "tudsr-adapter/2", "method": "tudsr"})
+    with pytest.raises(CheckpointError, match="an alpha that is not one number: unet.conv1|not one number: conv1"):
+        read_adapter(tmp_path / "a.safetensors")

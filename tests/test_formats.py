@@ -1,5 +1,8 @@
 """Every published adapter format, written as its authors write it, read back and compared with peft's own output."""
 
+import json
+import shutil
+import time
 from dataclasses import replace
 
 import published
@@ -9,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tudsr_core.adapters import Low, Patch
 from tudsr_core.checkpoints import identify, read_adapter, write_adapter
+from tudsr_core.formats import dotted
 from tudsr_core.local import PatchSlot
 from tudsr_core.models.invsr import build_predictor
 from tudsr_core.tensor_files import CheckpointError
@@ -139,6 +143,18 @@ def test_pisa_merging_in_turn_equals_one_sum(files):
         first, second = adapter.unet.lows[path], adapter.detail.lows[path]
         weight = torch.zeros(low.up.shape[0], *low.down.shape[1:])
         assert (low.delta(weight) - (first.delta(weight) + second.delta(weight))).abs().max() < 1e-6
+
+
+def test_pisa_updates_of_unlike_shapes_are_named(files, tmp_path):
+    key = "mid_block.resnets.0.conv1.lora_{}.default_others_sem.weight"
+
+    def spoil(saved):
+        part = saved["state_dict_unet"]
+        part[key.format("A")] = part[key.format("A")][:, :5].clone()
+
+    path = change_pickle(files, "pisa", spoil, tmp_path / "spoilt.pkl")
+    with pytest.raises(CheckpointError, match="two updates of mid_block.resnets.0.conv1 differ in shape"):
+        read_adapter(path)
 
 
 def test_the_noise_predictor_is_the_published_network(files):
@@ -283,6 +299,13 @@ OSEDIFF_DAMAGE = {
     "ranks of mid_block.resnets.0.conv1": lambda s: s["state_dict_unet"].update(
         {UNET_KEY.format("B"): torch.ones(128, 5, 1, 1)}
     ),
+    "'unet_lora_encoder_modules' is 3, it must be a list of texts": lambda s: s.update(unet_lora_encoder_modules=3),
+    "'vae_lora_encoder_modules' is a list, it must be a list of texts": lambda s: s.update(
+        vae_lora_encoder_modules=[["conv"], 1]
+    ),
+    "'rank_unet' is a dict, it must be a number": lambda s: s.update(rank_unet={"a": 1}),
+    "'rank_vae' is 4.5, it must be a whole number": lambda s: s.update(rank_vae=4.5),
+    "nested too deeply or holds too many": lambda s: s.update(more=json.loads("[" * 99 + "]" * 99)),
     "conv_in.bias contains NaN": lambda s: s["state_dict_unet"]["conv_in.base_layer.bias"].fill_(float("inf")),
 }
 
@@ -312,6 +335,91 @@ def test_damaged_loras_are_named(files, tmp_path, says):
     save_file(tensors, tmp_path / "damaged.safetensors")
     with pytest.raises(CheckpointError, match=says):
         read_adapter(tmp_path / "damaged.safetensors")
+
+
+def test_kohya_names_are_parsed_in_linear_time(tmp_path):
+    assert dotted("down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_out_0") == (
+        "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0"
+    )
+    assert dotted("mid_block_resnets_0_time_emb_proj") == "mid_block.resnets.0.time_emb_proj"
+    assert dotted("time_embedding_linear_1") == "time_embedding.linear_1"
+    for wrong in ("a__b", "", "conv-1", "attn12a3", "é"):
+        assert dotted(wrong) is None
+    # Read twice over as words and as parts of words, this takes the age of the universe.
+    crafted = "to_q_" * 60 + "!"
+    save_file({f"lora_unet_{crafted}.alpha": torch.ones(())}, tmp_path / "crafted.safetensors")
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="names its modules in another way"):
+        read_adapter(tmp_path / "crafted.safetensors")
+    assert time.process_time() - start < 2
+
+
+def unet_folder(files, tmp_path, **changes):
+    """A copy of one peft folder with another configuration."""
+    folder = tmp_path / "folder"
+    shutil.copytree(files["omgsr"].path / "unet_lora_adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"r": "six"}, "'r' is six, it must be a number"),
+        ({"r": [6]}, "'r' is a list, it must be a number"),
+        ({"lora_alpha": {"a": 1}}, "'lora_alpha' is a dict"),
+        ({"lora_alpha": True}, "'lora_alpha' is True"),
+        ({"lora_alpha": 1e11}, "missing or not above 0, or far too large"),
+        ({"more": json.loads("[" * 40 + "]" * 40)}, "nested too deeply"),
+        ({"more": ["x"] * 300_000}, "too many values"),
+    ],
+)
+def test_lora_configurations_of_wrong_kinds_are_named(files, tmp_path, changes, says):
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_adapter(unet_folder(files, tmp_path, **changes))
+    assert "folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"owner/name"', "[" * 100_000, "{", "\ufeff"])
+def test_a_lora_configuration_must_be_a_table(files, tmp_path, text):
+    folder = unet_folder(files, tmp_path)
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="LoRA configuration of .*(table|cannot be read|nested too deeply)"):
+        read_adapter(folder)
+    tensors = load_file(files["diffusers"].path)
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(CheckpointError, match="LoRA configuration of .*(table|cannot be read|nested too deeply)"):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+def test_fp8_adapters_are_read_and_whole_numbers_refused(files, tmp_path):
+    tensors = load_file(files["kohya"].path)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        save_file(
+            {k: v if k.endswith("alpha") else v.to(dtype) for k, v in tensors.items()}, tmp_path / "8.safetensors"
+        )
+        low = read_adapter(tmp_path / "8.safetensors").unet.lows["mid_block.attentions.0.proj_in"]
+        whole = read_adapter(files["kohya"].path).unet.lows["mid_block.attentions.0.proj_in"]
+        weight = torch.zeros(whole.up.shape[0], *whole.down.shape[1:])
+        assert (low.delta(weight) - whole.delta(weight)).norm() < 0.2 * whole.delta(weight).norm()
+    spoilt = {k: v if k.endswith("alpha") else v.to(torch.float8_e4m3fn) for k, v in tensors.items()}
+    spoilt[f"{KOHYA}.lora_up.weight"] = torch.full_like(tensors[f"{KOHYA}.lora_up.weight"], float("nan")).to(
+        torch.float8_e4m3fn
+    )
+    save_file(spoilt, tmp_path / "nan.safetensors")
+    with pytest.raises(CheckpointError, match="contains NaN"):
+        read_adapter(tmp_path / "nan.safetensors")
+    save_file({k: v.to(torch.int8) for k, v in tensors.items()}, tmp_path / "int.safetensors")
+    with pytest.raises(CheckpointError, match="stored in whole numbers"):
+        read_adapter(tmp_path / "int.safetensors")
+
+
+def test_control_codes_in_keys_are_printed_escaped(tmp_path):
+    save_file({"\x1b]0;owned\x07\n.weight": torch.ones(1)}, tmp_path / "esc.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        read_adapter(tmp_path / "esc.safetensors")
+    assert str(caught.value).isprintable() and r"\x1b]0;owned\x07\n.weight" in str(caught.value)
 
 
 def test_foreign_files_are_named_with_what_is_known(tmp_path):

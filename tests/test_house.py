@@ -11,8 +11,8 @@ CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
 RANKS = [
-    {"files", "image", "schedule", "tiles", "known_files", "download", "vae_graph", "vae_planes", "vae_reach"},
-    {"vae_layers"},
+    {"untrusted", "files", "image", "schedule", "known_files", "download", "vae_graph", "vae_planes", "vae_reach"},
+    {"pickles", "tiles", "vae_layers"},
     {
         "color",
         "metrics",

@@ -82,9 +82,47 @@ def overlapping(path):
         archive._didModify = True
 
 
+def index(path, data):
+    """An archive of torch.save whose index is `data`."""
+    rezip(good(path.with_suffix(".tmp")), path, lambda name, old: data if name.endswith("data.pkl") else old)
+
+
+def saved(value):
+    return lambda path: torch.save({"w": value}, path)
+
+
+def aliased(path):
+    """Ten thousand names for the same 400 kB."""
+    large = torch.ones(100_000)
+    torch.save({f"w{i}": large for i in range(10_000)}, path)
+
+
+def colliding(path):
+    """Numbers whose hashes are all alike: a table of them takes minutes to fill."""
+    keys = b"".join(pickle.dumps((2**61 - 1) << i, 2)[2:-1] + b"K\x01" for i in range(1000))
+    index(path, b"\x80\x02}(" + keys + b"u.")
+
+
+NESTED_KEY = b"\x80\x02}K\x01\x85q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"K\x01s."
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (saved(torch.ones(2, device="meta")), "_rebuild_meta_tensor_no_storage"),
+        (saved(torch.nested.nested_tensor([torch.ones(2)])), "_rebuild_nested_tensor"),
+        (saved(torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)), "more than tensors and plain values"),
+        (saved(torch.ones(3).to_sparse()), "more than tensors and plain values"),
+        (saved(torch.ones(3, dtype=torch.complex64)), "torch.ComplexFloatStorage"),
+        (saved(bytearray(9)), "builtin"),
+        (saved({1, 2}), "more than tensors|EMPTY_SET"),
+        (aliased, "its tensors claim more values than the file holds"),
+        (colliding, "neither a text nor a small number"),
+        (lambda p: index(p, NESTED_KEY), "neither a text nor a small number"),
+        (lambda p: index(p, b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R."), "builtins.bytearray"),
+        (lambda p: index(p, b"\x80\x02ctorch\nFloatStorage\nJ\x00\x00\x00\x7f\x85R."), "torch.save never calls"),
+        (lambda p: index(p, b"\x80\x02" + b"]" * 3_000_000 + b"."), "far longer than that of a model"),
+        (lambda p: index(p, b"\x80\x02}h\x07"), "its index is damaged"),
         (lambda p: p.write_bytes(good(p).read_bytes()[:-200]), "only a part of one"),
         (lambda p: p.write_bytes(b""), "it is empty"),
         (lambda p: p.write_text("<!DOCTYPE html><html>sign in", encoding="utf-8"), "it is a web page"),
@@ -125,8 +163,26 @@ def header(path, entries, data=b""):
         (lambda p: (save_file({"w": torch.ones(99)}, p), p.write_bytes(p.read_bytes()[:-8])), "not a whole"),
         (lambda p: p.write_text("<html>", encoding="utf-8"), "it is a web page"),
         (
-            lambda p: header(p, {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10**6)}),
-            "1,000,000 tensors",
+            lambda p: header(p, {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10**5)}),
+            "100,000 tensors",
+        ),
+        (lambda p: header(p, {"__metadata__": {"x": "y" * 2**25}}), "a header of 33,"),
+        (lambda p: header(p, {"__metadata__": json.loads("[" * 900 + "]" * 900)}), "not a whole"),
+        (
+            lambda p: header(p, {"w": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8)),
+            "w is stored as torch.complex64",
+        ),
+        (
+            lambda p: header(p, {"w": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}, bytes(1)),
+            "w is stored as|w cannot be read|not a whole",
+        ),
+        (
+            lambda p: header(p, {"w" * 5000: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+            "w... is too long",
+        ),
+        (
+            lambda p: header(p, {"\x1b[2J": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8)),
+            r": \\x1b\[2J is stored",
         ),
     ],
 )

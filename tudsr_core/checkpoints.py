@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, Patch, map_lows
-from .formats import pair, read_foreign, read_peft_folder
+from .formats import pair, read_foreign, read_peft_folder, take_alphas
 from .methods import METHODS
 from .plan import StageLimits
-from .schedule import OneStep, from_noise_level
+from .schedule import OneStep, from_noise_level, scaled_linear
 from .tensor_files import SUFFIXES, CheckpointError, TensorFile, check_finite, read_file, some, write_file
+from .untrusted import Fields, network_config, parse_json, shown
 
 OWN_TITLE = "adapter of this pack"
 MODEL_FORMAT = "tudsr-model/1"
 ADAPTER_FORMATS = ("tudsr-adapter/1", "tudsr-adapter/2")
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
+TIMESTEPS = scaled_linear().steps
+MAX_STEPS = 100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,21 +61,42 @@ def read_model(path: Path) -> ModelFile:
     for key, tensor in file.tensors.items():
         part, _, name = key.partition(".")
         if part not in parts:
-            raise CheckpointError(f"{path} has an unknown tensor {key}; it was made by another version")
+            raise CheckpointError(f"{path} has an unknown tensor {shown(key)}; it was made by another version")
         parts[part][name] = tensor
-    facts = json.loads(file.metadata["model"])
-    lows = pair(path, parts["stage_two"], DOWN, UP, lambda *_: float(facts["stage_two_alpha"]))
-    second_step = from_noise_level(facts["stage_two_timestep"])
+    for name in ("vae", "unet"):
+        check_finite(path, parts[name].items())
+    facts = _facts(path, file.metadata, "model")
+    alpha = float(facts.number("stage_two_alpha", least=0))
+    lows = pair(path, parts["stage_two"], DOWN, UP, lambda *_: alpha)
+    first, second = (
+        from_noise_level(facts.whole(f"stage_{name}_timestep", most=TIMESTEPS - 1)) for name in ("one", "two")
+    )
     return ModelFile(
-        name=file.metadata.get("name", path.stem),
-        vae_config=facts["vae_config"],
-        unet_config=facts["unet_config"],
+        name=shown(file.metadata.get("name", path.stem)),
+        vae_config=network_config(facts.table("vae_config")),
+        unet_config=network_config(facts.table("unet_config")),
         vae=parts["vae"],
         unet=parts["unet"],
-        first_step=from_noise_level(facts["stage_one_timestep"]),
-        second=Adapter("stage two", Patch(lows), stage=2, steps=(second_step,)),
-        limits=StageLimits(**facts["limits"]),
+        first_step=first,
+        second=Adapter("stage two", Patch(lows), stage=2, steps=(second,)),
+        limits=_limits(facts.table("limits")),
     )
+
+
+def _facts(path: Path, metadata: dict[str, str], name: str) -> Fields:
+    """Return the JSON object called `name` in a file's metadata; raises CheckpointError."""
+    where = f"the metadata of {path}"
+    if name not in metadata:
+        raise CheckpointError(f"{where} lacks {name!r}; download it again")
+    return Fields(parse_json(metadata[name], where, CheckpointError), where, CheckpointError)
+
+
+def _limits(fields: Fields) -> StageLimits:
+    wanted = {name: fields.number(name, value) for name, value in vars(StageLimits()).items()}
+    try:
+        return StageLimits(**wanted)
+    except ValueError as error:
+        raise CheckpointError(f"{fields.where}: {error}") from error
 
 
 def write_model(path: Path, model: ModelFile) -> None:
@@ -169,9 +193,9 @@ def _read_own(file: TensorFile) -> Adapter:
     weights = _take(rest, "base.")
     for part in patches:
         own = _take(rest, part)
-        alphas = {key: float(own.pop(key)) for key in [key for key in own if key.endswith(".alpha")]}
-        lows = pair(path, own, DOWN, UP, lambda name, _, alphas=alphas: alphas.get(f"{name}.alpha", 0.0))
-        lost = set(alphas) - {f"{name}.alpha" for name in lows}
+        alphas = take_alphas(path, own)
+        lows = pair(path, own, DOWN, UP, lambda name, _, alphas=alphas: alphas.get(name, 0.0))
+        lost = set(alphas) - set(lows)
         strange = [name for name in lows if not part and not name.startswith(("encoder.", "quant_conv"))]
         if lost or strange:
             raise CheckpointError(f"{path} has keys that fit nothing: {some(sorted([*lost, *strange]))}")
@@ -179,7 +203,9 @@ def _read_own(file: TensorFile) -> Adapter:
     check_finite(path, [*predictor.items(), *(item for patch in patches.values() for item in patch.weights.items())])
     if not (patches["unet."] or predictor):
         raise CheckpointError(f"{path} has no UNet updates and no noise predictor; the file is damaged")
-    found = Adapter(metadata.get("name", path.stem), patches["unet."], patches[""], patches["detail."], predictor)
+    found = Adapter(
+        shown(metadata.get("name", path.stem)), patches["unet."], patches[""], patches["detail."], predictor
+    )
     return replace(found, **_read_about(path, metadata))
 
 
@@ -191,13 +217,20 @@ def _read_about(path: Path, metadata: dict[str, str]) -> dict:
     method = metadata.get("method", "tudsr")
     if method not in METHODS:
         raise CheckpointError(f"{path} is of method {method!r}, which this version does not know; update this pack")
-    try:
-        steps = json.loads(metadata["steps"]) if "steps" in metadata else None
-        steps = [json.loads(metadata["step"])] if "step" in metadata else steps
-        return {
-            "method": method,
-            "stage": int(metadata["stage"]) if "stage" in metadata else None,
-            "steps": tuple(OneStep(**step) for step in steps) if steps else None,
-        }
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"the metadata of {path} cannot be read ({error}); download it again") from error
+    where = f"the metadata of {path}"
+    names = metadata.keys() & {"steps", "step", "stage"}
+    said = {name: parse_json(metadata[name], where, CheckpointError) for name in names}
+    steps = [said["step"]] if "step" in said else said.get("steps")
+    if steps is not None and not (isinstance(steps, list) and 0 < len(steps) <= MAX_STEPS):
+        raise CheckpointError(f"{where}: 'steps' must be a list of 1 to {MAX_STEPS} steps")
+    return {
+        "method": method,
+        "stage": Fields(said, where, CheckpointError).whole("stage", least=1, most=2) if "stage" in said else None,
+        "steps": tuple(_step(Fields(step, where, CheckpointError)) for step in steps) if steps else None,
+    }
+
+
+def _step(fields: Fields) -> OneStep:
+    p, q = (fields.number(name, least=-1e4, most=1e4) for name in "pq")
+    a, b = (fields.number(name, default, least=-1e4, most=1e4) for name, default in (("a", 1.0), ("b", 0.0)))
+    return OneStep(fields.whole("t", most=TIMESTEPS - 1), p, q, a, b)

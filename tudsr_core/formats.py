@@ -5,7 +5,6 @@ One reader per published format; every key must find its place, or the error lis
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ from torch import Tensor
 from .adapters import Adapter, Low, Patch
 from .methods import METHODS
 from .tensor_files import CheckpointError, TensorFile, check_finite, some
+from .untrusted import Fields, parse_json, read_text, shown
 
 PEFT_PREFIX = "base_model.model."
 UNET_FOLDER, VAE_FOLDER = "unet_lora_adapter", "vae_encoder_lora_adapter"
 LISTS = ("encoder", "decoder", "others")
+MAX_ALPHA = 1e6  # published ones are below 1,000
 
 
 @dataclass(frozen=True)
@@ -74,63 +75,82 @@ def pair(
     lows = {}
     for name in sorted(halves[down]):
         first, second = tensors[name + down], tensors[name + up]
-        if first.ndim < 2 or second.ndim < 2 or not first.numel() or first.shape[0] != second.shape[1]:
-            raise CheckpointError(f"{path}: ranks of {name} do not agree; the file is damaged or of another kind")
+        if not (first.is_floating_point() and second.is_floating_point()):
+            raise CheckpointError(f"{path}: {shown(name)} is stored in whole numbers; get the unquantised file")
+        if first.ndim < 2 or second.ndim < 2 or not first.numel() or second[:1].numel() != len(first):
+            raise CheckpointError(
+                f"{path}: ranks of {shown(name)} do not agree; the file is damaged or of another kind"
+            )
         lows[name] = Low(first, second, alpha(name, first.shape[0]))
-        if not lows[name].alpha > 0:
-            raise CheckpointError(f"{path}: alpha of {name} is missing or not above 0; the file is damaged")
+        if not 0 < lows[name].alpha < MAX_ALPHA:
+            raise CheckpointError(
+                f"{path}: alpha of {shown(name)} is missing or not above 0, or far too large; the file is damaged"
+            )
     return lows
 
 
+def take_alphas(path: Path, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Take the `<module>.alpha` out of `tensors`; raises CheckpointError for one that is no single number."""
+    keys = [key for key in tensors if key.endswith(".alpha")]
+    if wrong := [key for key in keys if tensors[key].numel() != 1]:
+        raise CheckpointError(f"{path} has an alpha that is not one number: {some(wrong)}; the file is damaged")
+    return {key.removesuffix(".alpha"): float(tensors.pop(key)) for key in keys}
+
+
 def _read_peft(folder: Path, read: Callable[[Path], TensorFile]) -> dict[str, Low]:
-    config_file = folder / "adapter_config.json"
-    try:
-        config = json.loads(config_file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config_file} cannot be read: {error}") from error
+    config = _lora_config(read_text(folder / "adapter_config.json", CheckpointError), folder)
     names = ("adapter_model.safetensors", "adapter_model.bin")
     files = [folder / name for name in names if (folder / name).is_file()] or [folder / names[0]]
     return _peft_lows(folder, read(files[0]).tensors, config)
 
 
-def _peft_lows(path: Path, tensors: dict[str, Tensor], config: dict) -> dict[str, Low]:
+def _lora_config(text: str, path: Path) -> Fields:
+    """Return the LoRA configuration that peft or diffusers wrote; the latter puts `unet.` before each name."""
+    where = f"the LoRA configuration of {path}"
+    fields = Fields(parse_json(text, where, CheckpointError), where, CheckpointError)
+    fields.values = {key.removeprefix("unet."): value for key, value in fields.values.items()}
+    return fields
+
+
+def _peft_lows(path: Path, tensors: dict[str, Tensor], config: Fields) -> dict[str, Low]:
     for key in ("use_dora", "rank_pattern", "alpha_pattern"):
-        if config.get(key):
+        if config.values.get(key):
             raise CheckpointError(f"{path} uses {key}, which this pack does not support")
     foreign = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
     if foreign:
         raise CheckpointError(f"{path} has keys that are no peft LoRA: {some(foreign)}")
     own = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
     # rsLoRA scales by alpha / sqrt(r) where plain LoRA has alpha / r.
-    alpha = config.get("lora_alpha")
+    rooted = bool(config.values.get("use_rslora"))
     lows = pair(
         path,
         own,
         ".lora_A.weight",
         ".lora_B.weight",
-        lambda _, rank: float(rank if alpha is None else alpha) * (rank**0.5 if config.get("use_rslora") else 1),
+        lambda _, rank: float(config.number("lora_alpha", rank)) * (rank**0.5 if rooted else 1),
     )
-    wrong = [name for name, low in lows.items() if low.rank != config.get("r", low.rank)]
-    if wrong:
-        raise CheckpointError(f"{path} says rank {config['r']}, but these differ: {some(wrong)}")
+    _check_ranks(path, lows, config, "r", "")
     return lows
+
+
+def _check_ranks(path: Path, lows: dict[str, Low], fields: Fields, name: str, of: str) -> None:
+    """Raise CheckpointError unless all updates have the rank that the file says, if it says one."""
+    wrong = [module for module, low in lows.items() if low.rank != fields.whole(name, low.rank)]
+    if wrong:
+        raise CheckpointError(f"{path} says rank {fields.whole(name)}{of}, but these differ: {some(wrong)}")
 
 
 def _read_peft_file(file: TensorFile) -> Adapter:
     return Adapter(file.path.stem, Patch(_peft_lows(file.path, file.tensors, _peft_config(file))))
 
 
-def _peft_config(file: TensorFile) -> dict:
+def _peft_config(file: TensorFile) -> Fields:
     """The LoRA configuration of a single file: in its metadata (diffusers), or beside it (peft), or empty."""
     beside = file.path.with_name("adapter_config.json")
-    try:
-        if "lora_adapter_metadata" in file.metadata:
-            config = json.loads(file.metadata["lora_adapter_metadata"])
-        else:
-            config = json.loads(beside.read_bytes()) if beside.is_file() else {}
-        return {key.removeprefix("unet."): value for key, value in config.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the LoRA configuration of {file.path} cannot be read: {error}") from error
+    text = file.metadata.get("lora_adapter_metadata")
+    if text is None:
+        text = read_text(beside, CheckpointError) if beside.is_file() else "{}"
+    return _lora_config(text, file.path)
 
 
 def _read_osediff(file: TensorFile) -> Adapter:
@@ -148,6 +168,12 @@ def _read_pisa(file: TensorFile) -> Adapter:
     used: set[str] = set()
     pix, sem = (_trained_adapters(file, "unet", suffix, used) for suffix in ("_pix", "_sem"))
     _refuse_leftover(file, used)
+    for module in pix.keys() & sem.keys():
+        one, other = pix[module], sem[module]
+        if (one.down.shape[1:], one.up.shape[0]) != (other.down.shape[1:], other.up.shape[0]):
+            raise CheckpointError(
+                f"{file.path}: the two updates of {shown(module)} differ in shape; the file is damaged"
+            )
     return Adapter(file.path.stem, Patch(pix), detail=Patch(sem), method="pisa-sr")
 
 
@@ -163,21 +189,20 @@ def _trained_adapters(file: TensorFile, part: str, suffix: str, used: set[str]) 
         if match := form.fullmatch(key):
             module, half, which = match.groups()
             if lists.setdefault(module, which) != which:
-                raise CheckpointError(f"{file.path}: {module} is in two adapters, {lists[module]} and {which}")
+                raise CheckpointError(f"{file.path}: {shown(module)} is in two adapters, {lists[module]} and {which}")
             own[f"{module}.{half}"] = tensor
             used.add(key)
     lows = pair(file.path, own, ".lora_A", ".lora_B", lambda *_: METHODS["osediff"].alpha)
-    rank = file.values.get(f"lora_rank_{part}{suffix}" if suffix else f"rank_{part}")
-    wrong = [name for name, low in lows.items() if rank is not None and low.rank != rank]
-    if wrong:
-        raise CheckpointError(f"{file.path} says rank {rank} for its {part}, but these differ: {some(wrong)}")
+    said = Fields(file.values, str(file.path), CheckpointError)
+    _check_ranks(file.path, lows, said, f"lora_rank_{part}{suffix}" if suffix else f"rank_{part}", f" for its {part}")
     for which in LISTS:
-        listed = file.values.get(f"{part}_lora_{which}_modules{suffix}")
-        made = {module for module, name in lists.items() if name == which}
-        if listed is not None and made != set(listed):
+        name = f"{part}_lora_{which}_modules{suffix}"
+        listed = set(said.texts(name)) if said.values.get(name) is not None else None
+        made = {module for module, adapter in lists.items() if adapter == which}
+        if listed is not None and made != listed:
             raise CheckpointError(
                 f"{file.path} lists {part} modules ({which}{suffix}) that its tensors do not match: "
-                f"{some(sorted(made ^ set(listed)))}; the file is damaged"
+                f"{some(sorted(made ^ listed))}; the file is damaged"
             )
     return lows
 
@@ -206,11 +231,11 @@ HALVES = {
     "alpha": "alpha",
 }
 # kohya replaces the dots of a path by underscores; these are the words that had one before.
-WORDS = (
-    "down_blocks|up_blocks|mid_block|transformer_blocks|time_embedding|time_emb_proj|conv_shortcut|conv_in|conv_out|"
-    "proj_in|proj_out|to_out|to_q|to_k|to_v|linear_1|linear_2|[a-zA-Z]+[12]?|[0-9]+"
-)
-UNDERSCORED = re.compile(rf"(?:{WORDS})(?:_(?:{WORDS}))*")
+UNDERSCORED = {
+    *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_embedding", "time_emb_proj"),
+    *("conv_shortcut", "conv_in", "conv_out", "proj_in", "proj_out", "to_out", "to_q", "to_k", "to_v"),
+    *("linear_1", "linear_2"),
+}
 
 
 def _read_lora(file: TensorFile) -> Adapter:
@@ -221,17 +246,17 @@ def _read_lora(file: TensorFile) -> Adapter:
         if not half or not key.startswith(("lora_unet_", "unet.")):
             what = "the text encoder" if key.startswith(("lora_te", "text_encoder")) else "something else"
             raise CheckpointError(
-                f"{file.path} also changes {what} ({key}), which a one-step stage cannot use; "
+                f"{file.path} also changes {what} ({shown(key)}), which a one-step stage cannot use; "
                 "load such a file with an ordinary LoRA loader"
             )
         own[f"{_module(key.removesuffix(f'.{half}'), file.path)}.{HALVES[half]}"] = tensor
-    alphas = {key.removesuffix(".alpha"): float(own.pop(key)) for key in [key for key in own if key.endswith(".alpha")]}
+    alphas = take_alphas(file.path, own)
     lost = [name for name in alphas if f"{name}.down" not in own]
     if lost:
         raise CheckpointError(f"{file.path} has an alpha without its update: {some(lost)}; the file is damaged")
     config = _peft_config(file)
     lows = pair(
-        file.path, own, ".down", ".up", lambda name, rank: alphas.get(name, float(config.get("lora_alpha", rank)))
+        file.path, own, ".down", ".up", lambda name, rank: alphas.get(name, float(config.number("lora_alpha", rank)))
     )
     return Adapter(file.path.stem, Patch(lows))
 
@@ -242,9 +267,23 @@ def _module(name: str, path: Path) -> str:
         name = re.sub(r"\.processor\.(to_[qkv]|to_out)_lora$", r".\1", name.removeprefix("unet."))
         return f"{name}.0" if name.endswith(".to_out") else name
     name = name.removeprefix("lora_unet_")
-    if name.startswith(("input_blocks", "output_blocks", "middle_block")) or not UNDERSCORED.fullmatch(name):
-        raise CheckpointError(f"{path} names its modules in another way ({name}); save it with diffusers' names")
-    return ".".join(re.findall(WORDS, name))
+    words = dotted(name)
+    if name.startswith(("input_blocks", "output_blocks", "middle_block")) or words is None:
+        raise CheckpointError(f"{path} names its modules in another way ({shown(name)}); save it with diffusers' names")
+    return words
+
+
+def dotted(name: str) -> str | None:
+    """Return a path whose dots kohya has replaced by underscores with its dots, or None if it is no such path."""
+    pieces, words = name.split("_"), []
+    while pieces:
+        length = next((n for n in (3, 2) if "_".join(pieces[:n]) in UNDERSCORED), 1)
+        word = "_".join(pieces[:length])
+        if length == 1 and not (word.isascii() and (word.isdigit() or word.rstrip("12").isalpha())):
+            return None
+        words.append(word)
+        del pieces[:length]
+    return ".".join(words)
 
 
 def _has(file: TensorFile, pattern: str) -> bool:

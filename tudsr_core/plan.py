@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from .tiles import TilePlan, plan_tiles
 
 MAX_FACTOR = 64.0
+MIN_SECOND = 1.25  # nineteen stages to MAX_FACTOR
 MAX_PIXELS = 2**30
 AUTO_TILES_PX = (512, 576, 640)  # what Stable Diffusion 2.1-base was trained at, and a little above
 
@@ -23,12 +24,18 @@ class StageLimits:
     """Which factors a model's stages were trained for (TUDSR sec. 3.1: x8 = 4 x 2, x4 = 2 x 2).
 
     `first_max`: largest factor of stage one. `second`: factor of stage two, repeated as needed.
-    `single_up_to`: up to this total factor stage one works alone.
+    `single_up_to`: up to this total factor stage one works alone. Raises ValueError for factors with
+    which a size is never reached.
     """
 
     first_max: float = 4.0
     second: float = 2.0
     single_up_to: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("first_max", 1.0), ("second", MIN_SECOND), ("single_up_to", 1.0)):
+            if not least <= getattr(self, name) <= MAX_FACTOR:
+                raise ValueError(f"{name} {getattr(self, name):g} is not possible; use {least:g} to {MAX_FACTOR:g}")
 
 
 @dataclass(frozen=True)

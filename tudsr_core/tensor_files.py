@@ -5,8 +5,6 @@ Knows safetensors and torch's zip pickles; knows nothing of networks or key name
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +16,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import temporary_beside
+from .pickles import check_archive
+from .untrusted import MAX_BYTES, MAX_NAME, UntrustedError, shown
 
-# The largest published file this pack reads (SD2.1 with EMA weights) has 3,000 tensors, and its
-# pickle 300 kB; files far beyond are attacks or accidents.
+# The largest published file this pack reads (SD2.1 with EMA weights) has 3,000 tensors; files far
+# beyond are attacks or accidents.
 MAX_TENSORS = 20_000
-MAX_PICKLE_BYTES = 2**25
 STREAM_BYTES = 2**28
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES_READ = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 SUFFIXES = (".safetensors", ".pkl", ".pth", ".pt", ".ckpt", ".bin")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UntrustedError):
     """A weight file that cannot be used; the message names the file, what is wrong and what to do."""
 
 
@@ -53,7 +54,8 @@ def read_file(path: Path) -> TensorFile:
         raise CheckpointError(f"{path} does not exist; check the path")
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
-            return TensorFile(path, {key: file.get_tensor(key) for key in file.keys()}, {}, file.metadata() or {})
+            tensors = {key: _tensor(path, file, key) for key in file.keys()}
+            return TensorFile(path, tensors, {}, file.metadata() or {})
     tensors, values = _split(_unpickle(path), path)
     return TensorFile(path, tensors, values)
 
@@ -73,7 +75,7 @@ def stream(path: Path, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[str,
         with open_safetensors(path) as file:
             mapped = 0
             while keys and mapped < STREAM_BYTES:
-                tensor = file.get_tensor(keys[0])
+                tensor = _tensor(path, file, keys[0])
                 mapped += tensor.nbytes
                 yield keys.pop(0), tensor
                 del tensor
@@ -84,14 +86,26 @@ def open_safetensors(path: Path) -> safe_open:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; check the path")
     try:
+        with path.open("rb") as raw:
+            header = int.from_bytes(raw.read(8), "little")
+        if MAX_BYTES < header < path.stat().st_size:
+            raise CheckpointError(f"{path} has a header of {header:,} bytes; no model of this kind has that much")
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({_kind(path) or error}); download it again"
-        ) from error
+        reason = _kind(path) or _reason(error)
+        raise CheckpointError(f"{path} is not a whole safetensors file ({reason}); download it again") from error
     if len(file.keys()) > MAX_TENSORS:
         raise CheckpointError(f"{path} has {len(file.keys()):,} tensors; no model of this kind has that many")
     return file
+
+
+def _tensor(path: Path, file: safe_open, key: str) -> Tensor:
+    try:
+        tensor = file.get_tensor(key)
+    except Exception as error:  # kinds of numbers that this torch does not have, each with its own error
+        raise CheckpointError(f"{path}: {shown(key)} cannot be read ({_reason(error)})") from error
+    _check_tensor(path, key, tensor)
+    return tensor
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -103,56 +117,35 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
 def check_finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise CheckpointError that names the first tensor with NaN or infinite values."""
     for key, tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {key} contains NaN or infinite weights; download the file again")
+        # torch has no isfinite for fp8, which float16 holds.
+        wide = tensor.half() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
+        if wide.is_floating_point() and not torch.isfinite(wide).all():
+            raise CheckpointError(f"{path}: {shown(key)} contains NaN or infinite weights; download the file again")
 
 
 def some(names: Iterable[str]) -> str:
     """Return the first three names and how many more there are, for messages."""
     names = list(names)
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    first = ", ".join(map(shown, names[:3]))
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
 
 
 def _unpickle(path: Path) -> Any:
-    _check_archive(path)
+    try:
+        check_archive(path)
+    except UntrustedError as error:
+        raise CheckpointError(
+            f"{path} cannot be read safely: {_kind(path) or error}. Nothing in it was run; download it again, or, if "
+            "you trust its source, load it there and save only its tensors, best as .safetensors"
+        ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        # torch's first line ends before its advice to load unsafely, which must not be passed on.
-        reason = str(error).splitlines()[-1][:200]
-        raise CheckpointError(
-            f"{path} cannot be read safely: it holds more than tensors and plain values ({reason}). Nothing in it "
-            "was run. If you trust its source, load it there and save only its tensors, best as .safetensors"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read safely ({reason}); download it again") from error
+    except Exception as error:  # whatever torch makes of a damaged index, from AssertionError to SystemError
+        raise CheckpointError(f"{path} cannot be read safely ({_reason(error)}); download it again") from error
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse what torch would allocate or unpack before it looks: only plain, uncompressed archives pass."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        kind = _kind(path) or "it is no archive of torch.save, or only a part of one"
-        raise CheckpointError(
-            f"{path} cannot be read safely: {kind}; download it again, best as .safetensors"
-        ) from error
-    size = path.stat().st_size
-    pickles = [entry.file_size for entry in entries if entry.filename.endswith(".pkl")]
-    reason = None
-    if len(entries) > MAX_TENSORS:
-        reason = f"it has {len(entries):,} entries"
-    elif any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        reason = "its entries are compressed, which torch.save never does"
-    elif sum(entry.file_size for entry in entries) > size:
-        reason = "its entries claim more bytes than the file has"
-    elif len(pickles) != 1 or pickles[0] > MAX_PICKLE_BYTES:
-        reason = "its index is not that of a model"
-    if reason:
-        raise CheckpointError(f"{path} cannot be read safely: {reason}; get the file from its authors")
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
 
 
 def _kind(path: Path) -> str | None:
@@ -179,14 +172,38 @@ def _split(loaded: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     values: dict[str, Any] = {}
     for key, value in loaded.items():
         if isinstance(value, dict) and all(isinstance(inner, Tensor) for inner in value.values()):
-            tensors |= {f"{key}.{name}": inner for name, inner in value.items()}
+            tensors |= {f"{key}.{name}": inner.detach() for name, inner in value.items()}
         elif isinstance(value, Tensor):
-            tensors[str(key)] = value
+            tensors[str(key)] = value.detach()
         else:
             values[str(key)] = value
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise CheckpointError(
-                f"{path}: {name} claims more values than the file holds; get the file from its authors"
-            )
+    check_tensors(path, tensors)
     return tensors, values
+
+
+def check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless `tensors` are few, plainly named and stored, and no more bytes than their file."""
+    total = 0
+    for name, tensor in tensors.items():
+        total += _check_tensor(path, name, tensor)
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{path} has {len(tensors):,} tensors; no model of this kind has that many")
+    # Weights that a network shares between layers may be named twice; the same ones a thousand times are an attack.
+    if total > 2 * path.stat().st_size:
+        raise CheckpointError(f"{path}: its tensors claim more values than the file holds; get it from its authors")
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> int:
+    """Return the tensor's bytes; raises CheckpointError if it cannot be computed with."""
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"{path}: the name {shown(name)} is too long; the file is damaged or of another kind")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype not in DTYPES_READ:
+        kind = tensor.dtype if tensor.layout == torch.strided and not tensor.is_meta else tensor.layout
+        raise CheckpointError(
+            f"{path}: {shown(name)} is stored as {kind}, which this pack does not read; save it as fp16"
+        )
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {shown(name)} claims more values than the file holds; get the file from its authors"
+        )
+    return tensor.nbytes
