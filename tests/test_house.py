@@ -102,15 +102,6 @@ def test_the_pack_imports_without_comfyui():
             assert node.module == "__future__"
 
 
-def test_requirements_equal_pyproject():
-    import re
-
-    text = (ROOT / "pyproject.toml").read_text("utf-8")
-    declared = re.search(r"^dependencies = \[(.*?)\]", text, re.S | re.M).group(1)
-    wanted = re.findall(r'"([^"]+)"', declared)
-    assert (ROOT / "requirements.txt").read_text("utf-8").split() == wanted
-
-
 def test_the_readme_names_the_command_that_ci_runs():
     assert (ROOT / ".ci" / "run").read_text("utf-8").strip().splitlines()[-1] == "make test"
     assert "make test" in (ROOT / "README.md").read_text("utf-8")

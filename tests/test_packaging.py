@@ -1,0 +1,90 @@
+"""What is installed: requirements that move nothing, dependencies that are declared, and files that are packed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import comfyui
+import pytest
+import resolve
+
+ROOT = Path(__file__).parent.parent
+# Of ComfyUI's requirements.txt (0.3.64 to 0.8.0), what this pack may ask for.
+OF_COMFYUI = {"torch", "numpy", "safetensors", "pillow"}
+
+needs_registry = pytest.mark.skipif(
+    not os.environ.get("TUDSR_TEST_REGISTRY"), reason="asks a package registry: set TUDSR_TEST_REGISTRY=1"
+)
+
+
+def names(lines):
+    return {
+        re.split(r"[^\w.-]", line.strip(), maxsplit=1)[0].lower() for line in lines if re.match(r"\w", line.strip())
+    }
+
+
+def dependencies():
+    declared = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.S | re.M)
+    return re.findall(r'"([^"]+)"', declared.group(1))
+
+
+def test_requirements_are_names_of_what_comfyui_has():
+    """A bound could move what is installed, and another package could bring others: names alone cannot."""
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    assert all(re.fullmatch(r"[a-z]+", line) for line in lines), "only names, without bounds"
+    assert set(lines) <= OF_COMFYUI
+    assert set(lines) <= names(dependencies())
+
+
+def test_comfyui_still_requires_them():
+    found = comfyui.find()
+    if found is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
+    required = names((found / "requirements.txt").read_text("utf-8").splitlines())
+    assert names((ROOT / "requirements.txt").read_text("utf-8").splitlines()) <= required
+
+
+@needs_registry
+@pytest.mark.parametrize("packages", resolve.ENVIRONMENTS.values(), ids=resolve.ENVIRONMENTS)
+def test_installing_the_requirements_moves_nothing(packages, tmp_path):
+    _, changes = resolve.changes(packages, ROOT / "requirements.txt", tmp_path)
+    assert changes == []
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return the names of the files in the wheel and in the sdist, built by setuptools itself."""
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77, as pyproject.toml says")
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, folder)
+    leave = shutil.ignore_patterns("__pycache__")
+    for name in ("tudsr_core", "tests", "nodes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=leave)
+    script = "from setuptools import build_meta as build; build.build_wheel('dist'); build.build_sdist('dist')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    (wheel,), (sdist,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as packed, tarfile.open(sdist) as tarred:
+        return set(packed.namelist()), {name.partition("/")[2] for name in tarred.getnames()}
+
+
+def test_wheel_and_sdist_carry_every_file_of_the_library(built):
+    wheel, sdist = built
+    ours = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tudsr_core").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {"tudsr_core/models/README.md", "tudsr_core/assets/embedded.safetensors"} <= ours
+    assert {name for name in wheel if not name.startswith("comfyui_tudsr-")} == ours
+    assert ours <= sdist
+
+
+def test_the_sdist_holds_no_tests_because_they_need_the_whole_repository(built):
+    assert not [name for name in built[1] if name.startswith(("tests", "nodes"))]
