@@ -1,11 +1,18 @@
+import json
+import shutil
+import socket
+
 import published
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sd_layout import to_ldm
 from sd_stand_in import slow_text_tower, text_weights
 
+from tudsr_core.checkpoints import embedded_path
 from tudsr_core.image import resize
-from tudsr_core.local import AdapterOptions, load_sd21, pick_device
+from tudsr_core.local import AdapterOptions, load_embedded, load_sd21, pick_device
 from tudsr_core.pipeline import UpscaleOptions, plan_for, upscale
 from tudsr_core.plan import Target
 from tudsr_core.sd21 import Architecture, read_base
@@ -121,8 +128,6 @@ SMALL_TEXT = dict(
 @pytest.fixture(scope="module")
 def small_sd(tmp_path_factory):
     """A Stable Diffusion folder in miniature, with a tokenizer and two adapters, all random."""
-    import json
-
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig, get_peft_model
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -216,8 +221,6 @@ def test_sd21_refuses_what_does_not_fit(small_sd, tmp_path):
 @pytest.fixture(scope="module")
 def published_base(tmp_path_factory, small_sd):
     """A diffusers folder of `published.networks()`, with the small text tower, and the adapters for it."""
-    import shutil
-
     root = tmp_path_factory.mktemp("published")
     unet, vae = published.networks()
     unet.save_pretrained(root / "base" / "unet")
@@ -347,10 +350,7 @@ def test_v_prediction_checkpoints_are_refused(small_sd, tmp_path):
 
 def test_folders_may_be_half_precision_sharded_or_old(small_sd, tmp_path):
     """fp16 file names, several files with an index, .bin pickles, and the attention names of 2022."""
-    import json
-    import shutil
-
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     wanted_vae, wanted_unet, _ = read_base(small_sd / "base")
     shutil.copytree(small_sd / "base", tmp_path / "base")
@@ -380,9 +380,6 @@ def test_folders_may_be_half_precision_sharded_or_old(small_sd, tmp_path):
 
 @pytest.mark.parametrize("part", ["vae", "unet"])
 def test_a_config_key_that_diffusers_would_drop_is_refused_by_name(small_sd, tmp_path, part):
-    import json
-    import shutil
-
     import diffusers
 
     shutil.copytree(small_sd / "base", tmp_path / "base")
@@ -407,3 +404,83 @@ def test_sd21_single_file_equals_the_folder(small_sd, tmp_path):
     for made, wanted in ((made_vae, vae), (made_unet, unet)):
         for key, value in wanted.state_dict().items():
             assert torch.equal(made.state_dict()[key], value), key
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Makes every attempt to reach the network fail; returns the list of them."""
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise ConnectionError("no test may reach the network")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return attempts
+
+
+def hostile_base(small_sd, folder, changes):
+    """A copy of the folder with JSON files changed: a value replaces the file, a dict is added to its table."""
+    shutil.copytree(small_sd / "base", folder)
+    for name, change in changes.items():
+        path = folder / name
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(old | change if isinstance(change, dict) else change), encoding="utf-8")
+    return folder
+
+
+def test_notes_about_other_places_load_nothing_from_there(small_sd, tmp_path, no_network):
+    elsewhere = {"_name_or_path": "owner/name", "_class_name": "Other", "auto_map": {"AutoModel": "owner/name--x.Y"}}
+    parts = ("unet/config.json", "vae/config.json")
+    changes = {name: {key: elsewhere[key] for key in ("_name_or_path", "_class_name")} for name in parts}
+    changes |= {"text_encoder/adapter_config.json": {"base_model_name_or_path": "owner/name", "peft_type": "LORA"}}
+    changes |= {
+        "text_encoder/config.json": {"_name_or_path": "owner/name"},
+        "tokenizer/tokenizer_config.json": elsewhere,
+    }
+    networks = [read_base(path)[1:] for path in (small_sd / "base", hostile_base(small_sd, tmp_path / "base", changes))]
+    assert torch.equal(networks[0][1]("a b", ""), networks[1][1]("a b", ""))
+    assert not no_network
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"unet/config.json": "owner/name"}, "config.json must be a table of names and values, not owner/name"),
+        ({"vae/config.json": "owner/name"}, "config.json must be a table"),
+        ({"vae/config.json": ["owner/name"]}, "config.json must be a table"),
+        ({"text_encoder/config.json": "owner/name"}, "config.json must be a table"),
+        ({"scheduler/scheduler_config.json": "owner/name"}, "scheduler_config.json must be a table"),
+        ({"scheduler/scheduler_config.json": {"prediction_type": [1]}}, "'prediction_type' is a list"),
+        ({"unet/config.json": {"layers_per_block": 100_000}}, "layers_per_block|its layers are too many"),
+        ({"unet/config.json": {"transformer_layers_per_block": 400}}, "its layers are too many"),
+        ({"vae/config.json": {"layers_per_block": 10**7}}, "'layers_per_block' is no size"),
+        ({"unet/config.json": {"block_out_channels": [2**40]}}, "a number that is none|no size of a network"),
+        ({"unet/config.json": {"norm_num_groups": 0}}, "its unet does not fit"),
+        ({"unet/config.json": {"down_block_types": ["owner/name"] * 4}}, "its unet does not fit"),
+        ({"unet/config.json": {"cross_attention_dim": {"a": "owner/name"}}}, "is no size of a network"),
+        ({"text_encoder/config.json": {"num_hidden_layers": 100_000}}, "its layers are too many"),
+        ({"text_encoder/config.json": {"hidden_size": 48}}, "its text encoder does not fit"),
+        ({"text_encoder/config.json": {"hidden_act": "owner/name"}}, "its text encoder does not fit"),
+        ({"text_encoder/config.json": {"auto_map": {"AutoModel": "owner/name--x.Y"}}}, "'auto_map' is no size"),
+    ],
+)
+def test_configurations_are_data_within_limits(small_sd, tmp_path, no_network, changes, says):
+    base = hostile_base(small_sd, tmp_path / "base", changes)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_base(base)[2]("a b")
+    assert str(caught.value).isprintable() and str(base) in str(caught.value)
+    assert not no_network
+
+
+@pytest.mark.parametrize("part", ["vae_config", "unet_config"])
+def test_a_model_file_whose_config_names_a_repository_asks_nobody(tmp_path, no_network, part):
+    with safe_open(embedded_path(), framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    facts = json.loads(metadata["model"]) | {part: "owner/name"}
+    save_file(tensors, tmp_path / "model.safetensors", metadata | {"model": json.dumps(facts)})
+    with pytest.raises(CheckpointError, match=f"{part} must be a table of names and values, not owner/name"):
+        load_embedded("cpu", path=tmp_path / "model.safetensors")
+    assert not no_network

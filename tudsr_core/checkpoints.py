@@ -20,7 +20,7 @@ from .methods import METHODS
 from .plan import StageLimits
 from .schedule import OneStep, from_noise_level, scaled_linear
 from .tensor_files import SUFFIXES, CheckpointError, TensorFile, check_finite, read_file, some, write_file
-from .untrusted import Fields, network_config, parse_json, shown
+from .untrusted import Fields, parse_json, shown
 
 OWN_TITLE = "adapter of this pack"
 MODEL_FORMAT = "tudsr-model/1"
@@ -73,8 +73,8 @@ def read_model(path: Path) -> ModelFile:
     )
     return ModelFile(
         name=shown(file.metadata.get("name", path.stem)),
-        vae_config=network_config(facts.table("vae_config")),
-        unet_config=network_config(facts.table("unet_config")),
+        vae_config=facts.table("vae_config").values,
+        unet_config=facts.table("unet_config").values,
         vae=parts["vae"],
         unet=parts["unet"],
         first_step=first,

@@ -6,7 +6,6 @@ look-up is not an option. Adapters and stages are not here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .tensor_files import CheckpointError, some, stream
+from .untrusted import Fields, network_config, parse_json, read_text
 
 TOKENS, START, END, PAD = 77, 49406, 49407, 0
 
@@ -111,34 +111,35 @@ def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, 
     networks = []
     for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
         weights = _copied(_folder_weights(path / part), dtype)
-        networks.append(_fill(path, part, kind, _read_json(path / part / "config.json"), weights))
+        networks.append(_fill(path, part, kind, network_config(_read_fields(path / part / "config.json")), weights))
 
     def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
-        transformers = _transformers()
-        text = transformers.CLIPTextModel.from_pretrained(path / "text_encoder", local_files_only=True, dtype=dtype)
-        return text, _tokens_of(path / "tokenizer")
+        text = path / "text_encoder"
+        config = network_config(_read_fields(text / "config.json"))
+        weights = _copied(_folder_weights(text, ("model", "pytorch_model")), dtype)
+        return _text_network(path, config, lambda network: weights), _tokens_of(path / "tokenizer")
 
     return *networks, _embedder(load_text)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+def _read_fields(path: Path) -> Fields:
+    return Fields(parse_json(read_text(path, CheckpointError), str(path), CheckpointError), str(path), CheckpointError)
 
 
-def _folder_weights(folder: Path) -> Iterable[tuple[str, Tensor]]:
+def _folder_weights(
+    folder: Path, stems: tuple[str, ...] = ("diffusion_pytorch_model",)
+) -> Iterable[tuple[str, Tensor]]:
     """Stream the weights of one network of a diffusers folder, in whichever of its usual files they are."""
-    stem = "diffusion_pytorch_model"
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin", f"{stem}.fp16.bin"):
-        if (folder / name).is_file():
-            return stream(folder / name)
-    index = folder / f"{stem}.safetensors.index.json"
+    for end in ("safetensors", "fp16.safetensors", "bin", "fp16.bin"):
+        for stem in stems:
+            if (folder / f"{stem}.{end}").is_file():
+                return stream(folder / f"{stem}.{end}")
+    index = folder / f"{stems[0]}.safetensors.index.json"
     if not index.is_file():
-        raise CheckpointError(f"{folder} has no {stem}.safetensors; download the whole folder again")
-    shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    return (item for shard in shards for item in stream(folder / Path(shard).name))
+        raise CheckpointError(f"{folder} has no {stems[0]}.safetensors; download the whole folder again")
+    files = _read_fields(index).table("weight_map")
+    shards = sorted({Path(files.text(name)).name for name in files.values})
+    return (item for shard in shards for item in stream(folder / shard))
 
 
 # Attention layers of VAEs saved by diffusers before 0.18.
@@ -161,12 +162,14 @@ def _fill(path: Path, name: str, kind: type, config: dict, weights: dict[str, Te
         network.load_state_dict(weights, assign=True)
     except CheckpointError:
         raise
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{path} cannot be loaded as Stable Diffusion: its {name} does not fit ({reason})"
-        ) from error
+    except Exception as error:  # whatever diffusers makes of settings that cannot be
+        raise _misfit(path, name, error) from error
     return network
+
+
+def _misfit(path: Path, name: str, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return CheckpointError(f"{path} cannot be loaded as Stable Diffusion: its {name} does not fit ({reason})")
 
 
 def _check_all_used(path: Path, name: str, unused: Iterable[str]) -> None:
@@ -182,7 +185,7 @@ def _check_all_used(path: Path, name: str, unused: Iterable[str]) -> None:
 def read_prediction(path: Path) -> str:
     """Return what the UNet of a base model predicts, "epsilon" unless its folder says otherwise."""
     file = path / "scheduler" / "scheduler_config.json"
-    return _read_json(file).get("prediction_type", "epsilon") if file.is_file() else "epsilon"
+    return _read_fields(file).text("prediction_type", "epsilon") if file.is_file() else "epsilon"
 
 
 def _read_single_file(
@@ -218,18 +221,25 @@ def _read_single_file(
 def _single_file_text(path: Path, dtype: torch.dtype, config: dict) -> nn.Module:
     from diffusers.loaders import single_file_utils as convert
 
-    transformers = _transformers()
     own = _copied(stream(path, TEXT_PREFIXES), dtype)
     if not own:
         raise CheckpointError(f"{path} has no text encoder; use a full checkpoint or a diffusers folder")
     prefix = next(prefix for prefix in TEXT_PREFIXES if next(iter(own)).startswith(prefix))
-    with torch.device("meta"):
-        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
-    weights = convert.convert_open_clip_checkpoint(text, own, prefix=prefix)
-    # Newer transformers leave out the level `text_model`, which diffusers' converter writes.
-    flat = "text_model.final_layer_norm.weight" not in text.state_dict()
-    weights = {key.removeprefix("text_model.") if flat else key: value for key, value in weights.items()}
-    missing = text.load_state_dict(weights, strict=False, assign=True).missing_keys
+    return _text_network(path, config, lambda text: convert.convert_open_clip_checkpoint(text, own, prefix=prefix))
+
+
+def _text_network(path: Path, config: dict, read: Callable[[nn.Module], dict[str, Tensor]]) -> nn.Module:
+    """Return CLIP's text tower of `config` with the weights of `read(tower)`; nothing is looked up anywhere."""
+    transformers = _transformers()
+    try:
+        with torch.device("meta"):
+            text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+        # Newer transformers leave out the level `text_model`, which files have.
+        flat = "text_model.final_layer_norm.weight" not in text.state_dict()
+        weights = {key.removeprefix("text_model.") if flat else key: value for key, value in read(text).items()}
+        missing = text.load_state_dict(weights, strict=False, assign=True).missing_keys
+    except Exception as error:  # whatever transformers makes of settings that cannot be
+        raise _misfit(path, "text encoder", error) from error
     if missing:
         raise CheckpointError(f"{path}: its text encoder is not SD2.1's (missing: {some(missing)})")
     embeddings = text.embeddings if flat else text.text_model.embeddings
