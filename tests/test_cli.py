@@ -1,6 +1,7 @@
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -59,19 +60,67 @@ def test_folder_and_files_together(photo, tmp_path):
     }
 
 
-def test_one_bad_picture_does_not_stop_the_others(photo, tmp_path):
+def test_one_bad_picture_does_not_stop_the_others_and_finished_ones_are_kept(photo, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(photo.read_bytes()[:-70])
-    done = tudsr("upscale", bad, photo, "-o", tmp_path / "out", "--scale", 2)
+    tall = tmp_path / "tall.tif"  # a hundred bytes that claim half a gigabyte
+    tall.write_bytes(
+        b"II*\0\x08\0\0\0\x03\0"
+        + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((256, 17), (257, 8388621), (273, 8)))
+        + bytes(40)
+    )
+    done = tudsr("upscale", bad, tall, photo, "-o", tmp_path / "out", "--scale", 2)
     assert done.returncode == 1
-    assert f"error: {bad} is damaged" in done.stderr
+    assert [line[:7] for line in done.stderr.splitlines()] == ["error: "] * 2, done.stderr
+    assert f"error: {bad} is damaged" in done.stderr and f"error: {tall}: its 17 x 8388621 pixels" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("3 pictures: 1 written, 2 failed (bad.png, tall.tif), in ")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["photo.png"]
+    made = (tmp_path / "out" / "photo.png").read_bytes()
+    again = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 4)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "photo.png is there already and kept" in again.stdout
+    assert (tmp_path / "out" / "photo.png").read_bytes() == made
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["upscale", "", "-o", "out"],
+        ["upscale", "x.png", "-o", ""],
+        ["upscale", "x.png", "-o", "out", "--stage-one", ""],
+        ["zoom", "", "-o", "out", "--model", "sd21"],
+        ["zoom", "x.png", "-o", "out", "--model", ""],
+        ["evaluate", ""],
+        ["demo", "-o", ""],
+        ["inspect", ""],
+        ["convert", "x", "-o", ""],
+        ["download", "x", "--to", ""],
+    ],
+)
+def test_an_empty_argument_is_not_the_current_folder(arguments, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from tudsr_core.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("a.png")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and "it is empty" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_the_size_limit_is_an_option(photo, tmp_path):
+    done = tudsr("upscale", photo, "-o", tmp_path / "x.png", "--scale", 2, "--max-megapixels", 0.0005)
+    assert done.returncode == 1
+    assert "tudsr reads up to 0.0005: crop or shrink it, or raise --max-megapixels" in done.stderr
 
 
 def test_16_bit_with_alpha_and_profile_survives_the_whole_way(tmp_path):
     import torch
 
-    from tudsr_core.files import Picture, read_picture, write_picture
+    from tudsr_core.files import Picture
+    from tudsr_core.reading import read_picture
+    from tudsr_core.writing import write_picture
 
     pixels = torch.linspace(0.1, 0.9, 4 * 12 * 16).view(1, 4, 12, 16)
     write_picture(tmp_path / "deep.png", Picture(pixels, bits=16, icc=b"profile", dpi=(240, 240)))

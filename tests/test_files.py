@@ -13,7 +13,9 @@ import tifffile
 import torch
 from PIL import Image, ImageCms
 
-from tudsr_core.files import Picture, PictureError, check_output, read_picture, temporary_beside, write_picture
+from tudsr_core.files import Picture, PictureError, temporary_beside
+from tudsr_core.reading import read_picture
+from tudsr_core.writing import check_output, write_picture
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 GRID = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
@@ -227,7 +229,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     script = f"""
 import resource, signal, torch
 from pathlib import Path
-from tudsr_core.files import Picture, PictureError, write_picture
+from tudsr_core.files import Picture, PictureError
+from tudsr_core.writing import write_picture
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
@@ -246,3 +249,111 @@ def test_written_files_have_the_users_permissions(tmp_path):
     write_picture(tmp_path / "a.png", Picture(pixels_of(GRID)))
     (tmp_path / "plain").touch()
     assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def png_of(width, height, bits=8, body=b""):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+def headers(width, height):
+    """Return files of every format whose headers claim a size."""
+    small = Image.fromarray(GRID)
+    made = {}
+    for kind in ("JPEG", "WEBP", "GIF", "BMP"):
+        buffer = io.BytesIO()
+        small.save(buffer, kind, **({"lossless": True, "icc_profile": bytes(99)} if kind == "WEBP" else {}))
+        made[kind] = bytearray(buffer.getvalue())
+    struct.pack_into(">HH", made["JPEG"], made["JPEG"].index(b"\xff\xc0") + 5, height, width)
+    made["WEBP"][24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    struct.pack_into("<HH", made["GIF"], 6, width, height)
+    struct.pack_into("<ii", made["BMP"], 18, width, height)
+    return {name: bytes(data) for name, data in made.items()} | {
+        "PNG": png_of(width, height),
+        "PNG 16": png_of(width, height, 16),
+    }
+
+
+@pytest.mark.parametrize("kind", headers(2, 2))
+def test_the_size_limit_is_ours_in_every_format_and_an_option_moves_it(tmp_path, kind, monkeypatch):
+    for where in (Image.core, imagecodecs):
+        monkeypatch.setattr(
+            where, "decoder" if False else "png_decode", lambda *_: pytest.fail("decoded"), raising=False
+        )
+    path = tmp_path / "a"
+    path.write_bytes(headers(40_000, 30_000)[kind])
+    with pytest.raises(PictureError, match="1,200.0 megapixels; tudsr reads up to 179: .* raise --max-megapixels"):
+        read_picture(path)
+    # Below the limit, a file of some hundred bytes does not get hundreds of megabytes either.
+    path.write_bytes(headers(16_000, 10_000)[kind])
+    with pytest.raises(PictureError, match="160.0 megapixels, .* MB from a file of .* say --max-megapixels"):
+        read_picture(path)
+    path.write_bytes(headers(7, 5)[kind])
+    with pytest.raises(PictureError, match="tudsr reads up to 3e-05"):
+        read_picture(path, max_megapixels=0.00003)
+
+
+def test_the_limit_can_be_raised(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_of(30_000, 7_000))
+    with pytest.raises(PictureError, match="tudsr reads up to 179"):
+        read_picture(path)
+    with pytest.raises(PictureError, match="damaged"):  # no data in this file, but the header may pass
+        read_picture(path, max_megapixels=211)
+
+
+@pytest.mark.parametrize("kind", [TypeError, ZeroDivisionError, OverflowError, MemoryError, RecursionError, KeyError])
+def test_whatever_a_decoder_raises_is_one_line_with_the_name(tmp_path, kind, monkeypatch):
+    def fail(*_, **__):
+        raise kind("\x1b[31mred\nline")
+
+    monkeypatch.setattr(Image.Image, "getchannel", fail)
+    Image.fromarray(GRID).save(tmp_path / "a.png")
+    with pytest.raises(PictureError, match="a.png") as caught:
+        read_picture(tmp_path / "a.png")
+    assert str(caught.value).isprintable()
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(GRID).save(buffer, "JPEG", progressive=True)
+    scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+    (tmp_path / "a.jpg").write_bytes(buffer.getvalue()[:-2] + scan * 1000 + b"\xff\xd9")
+    with pytest.raises(PictureError, match="more than 200 scans"):
+        read_picture(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("WEBP", ".webp"), ("GIF", ".gif")])
+def test_of_an_animation_the_first_picture_is_used_and_that_is_said(tmp_path, kind, suffix):
+    frames = [Image.fromarray(np.full((5, 7, 3), value, np.uint8)) for value in (10, 200)]
+    path = tmp_path / f"a{suffix}"
+    frames[0].save(
+        path, kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
+    picture = read_picture(path)
+    assert torch.equal((picture.pixels[0, :3] * 255).round(), torch.full((3, 5, 7), 10.0))
+    assert "only" in picture.notes[0] and "first" in picture.notes[0]
+
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_16_bit_png_with_a_transparent_colour(tmp_path, grey):
+    array = (np.arange(20, dtype=np.uint16) * 3000).reshape(4, 5)
+    array = array if grey else np.dstack([array] * 3)
+    data = imagecodecs.png_encode(array)
+    body = struct.pack(">H", 3000) * (1 if grey else 3)
+    chunk = struct.pack(">I", len(body)) + b"tRNS" + body + struct.pack(">I", zlib.crc32(b"tRNS" + body))
+    (tmp_path / "a.png").write_bytes(data[:33] + chunk + data[33:])
+    picture = read_picture(tmp_path / "a.png")
+    plane = array if grey else array[..., 0]
+    assert torch.equal((picture.pixels[0, 0] * 65535).round(), torch.from_numpy(plane.astype(np.float32)))
+    assert torch.equal(picture.pixels[0, 3], torch.from_numpy((plane != 3000).astype(np.float32)))
+    assert (picture.bits, picture.is_grey) == (16, grey)
+
+
+def test_a_long_name_can_be_written(tmp_path):
+    path = tmp_path / f"{'ü' * 120}.png"
+    write_picture(path, Picture(pixels_of(GRID)))
+    assert_same(path, GRID)

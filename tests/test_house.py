@@ -11,8 +11,9 @@ CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
 RANKS = [
-    {"untrusted", "files", "image", "schedule", "known_files", "download", "vae_graph", "vae_planes", "vae_reach"},
-    {"pickles", "tiles", "vae_layers"},
+    {"untrusted", "image", "schedule", "known_files", "download", "vae_graph", "vae_planes", "vae_reach"},
+    {"pickles", "tiles", "vae_layers", "files"},
+    {"metadata", "raster"},
     {
         "color",
         "metrics",
@@ -24,9 +25,11 @@ RANKS = [
         "models.swin",
         "tensor_files",
         "models.unet_blocks",
+        "png",
+        "tiff",
     },
     {"adapters", "edits", "models.embedded_config", "models.fill", "models.ram", "prompters", "vae_tiling", "sweep"},
-    {"captions", "formats", "models.dape", "models.embedded", "models.invsr"},
+    {"captions", "formats", "models.dape", "models.embedded", "models.invsr", "reading", "writing"},
     {"checkpoints", "pipeline", "sd21"},
     {"sampling"},
     {"zoom"},

@@ -30,7 +30,7 @@ def test_seam_score_of_noise_is_one_and_rises_with_a_seam(noise):
 def test_the_embedded_model_leaves_no_grid(embedded):
     """Tiled against untiled within 2 %, and nothing to be seen on flat and ramp pictures."""
     from tudsr_core.evaluation import example_path
-    from tudsr_core.files import read_picture
+    from tudsr_core.reading import read_picture
 
     options = UpscaleOptions(128, 32, color_fix="none")
     photo = read_picture(example_path()).pixels[..., 20:84, 40:120]

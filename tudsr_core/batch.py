@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .files import FORMATS, Picture, PictureError, check_output, read_picture, write_picture
+from PIL import Image
+
+from .files import FORMATS, Picture, PictureError, pictures_in
 from .image import split_alpha
 from .pipeline import Model, Tick, UpscaleOptions, plan_for, upscale
 from .plan import NetworkFacts, Size, Target, UpscalePlan
+from .reading import read_picture
 from .sampling import TextNetworks
+from .writing import check_free, check_output, writable, write_picture
 from .zoom import PromptSource, ZoomOptions, ZoomPlan, plan_zoom, write_prompts, zoom
 
 
@@ -27,11 +31,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Output:
-    """How results are written: `bits` 8 or 16 (None: as the source), JPEG / WebP quality, replacing."""
+    """How results are written: `bits` 8 or 16 (None: as the source), JPEG / WebP quality, replacing.
+
+    `max_megapixels` is what sources may have; None is the limit of `read_picture`.
+    """
 
     bits: int | None = None
     quality: int = 95
     overwrite: bool = False
+    max_megapixels: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,13 @@ class ZoomOutput(Output):
 def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None = None) -> list[Job]:
     """Pair every input picture with an output path.
 
-    Inputs are files or folders (their pictures, in name order). `output` is a file for exactly
-    one input file, otherwise a folder. `suffix` (".png") changes the type. Raises PictureError
-    for missing inputs, empty folders, and outputs that would meet each other or an input.
+    Inputs are files or folders (their pictures, in name order, without hidden ones). `output` is a
+    file for exactly one input file, otherwise a folder. `suffix` (".png") changes the type. Raises
+    PictureError for missing inputs, empty folders, a type that cannot be written or is named twice,
+    and outputs that would meet each other or an input.
     """
     sources = [file for path in inputs for file in _expand(path)]
-    if output.suffix.lower() in FORMATS and not output.is_dir():
-        if len(inputs) != 1 or inputs[0].is_dir():
-            raise PictureError(f"{output} is one file, but there are several inputs; give a folder with -o")
+    if _is_one_file(output, inputs, suffix):
         jobs = [Job(sources[0], output)]
     else:
         jobs = [Job(source, output / (source.stem + (suffix or _writable_suffix(source)))) for source in sources]
@@ -67,12 +74,35 @@ def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None = None) -
     return jobs
 
 
+def _is_one_file(output: Path, inputs: Sequence[Path], suffix: str | None) -> bool:
+    """Whether `output` names a picture file; raises PictureError where it can be neither file nor folder."""
+    ending = output.suffix.lower()
+    if output.is_dir():
+        return False
+    if ending in FORMATS:
+        if len(inputs) != 1 or inputs[0].is_dir():
+            what = f"{inputs[0]} is a folder" if len(inputs) == 1 else "there are several inputs"
+            raise PictureError(f"{output} is one file, but {what}; give a folder: -o {output.with_suffix('')}")
+        if suffix and FORMATS[suffix] != FORMATS[ending]:
+            raise PictureError(f"{output} is no {FORMATS[suffix]} file, which --format asks for; leave one of them out")
+        return True
+    if output.exists():
+        raise PictureError(f"{output} is a file, not a folder; choose another name with -o")
+    # Unknown words after a dot are mistyped formats rather than folders; "v1.2" is a folder.
+    if ending[1:].isalpha() or ending in Image.registered_extensions():
+        raise PictureError(
+            f"{output}: pictures of type {ending} are not written; use {', '.join(FORMATS)}, "
+            "or create that folder first if it is one"
+        )
+    return False
+
+
 def _expand(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS and file.is_file())
+    found = pictures_in(path)
     if not found:
-        raise PictureError(f"folder {path} holds no pictures ({', '.join(FORMATS)})")
+        raise PictureError(f"folder {path} holds no pictures ({', '.join(FORMATS)}; hidden files are not read)")
     return found
 
 
@@ -113,15 +143,18 @@ def prompts_path(job: Job) -> Path:
 def _open(
     job: Job, plan_for_size: Callable[[Size], UpscalePlan | ZoomPlan], output: Output, dry_run: bool
 ) -> tuple[Picture, list[str]]:
-    picture = read_picture(job.source)
+    if not dry_run:
+        check_free(job.output, output.overwrite)
+    picture = read_picture(job.source, output.max_megapixels)
     try:
         plan = plan_for_size(picture.size)
     except ValueError as error:
         raise PictureError(f"{job.source}: {error}") from error
-    bits = output.bits or picture.bits
+    picture = replace(picture, bits=output.bits or picture.bits)
     if not dry_run:
-        check_output(job.output, plan.size, picture.has_alpha, bits, output.overwrite)
-    return replace(picture, bits=bits), plan.describe()
+        check_output(job.output, plan.size, picture.has_alpha, picture.bits, output.overwrite)
+    picture = writable(picture, job.output, plan.size)
+    return picture, [*plan.describe(), *picture.notes]
 
 
 def finish_job(

@@ -18,6 +18,7 @@ from . import __version__
 from .cli_files import add_file_commands
 from .cli_zoom import add_zoom_command
 from .console import (
+    PATH,
     ColorFixOption,
     Device,
     DeviceOption,
@@ -26,6 +27,7 @@ from .console import (
     HeightOption,
     Inputs,
     LongEdgeOption,
+    MegapixelsOption,
     MethodName,
     OutputOption,
     OverlapOption,
@@ -57,13 +59,15 @@ ModelOption = Annotated[
     str, typer.Option(help="'embedded', a tudsr-model .safetensors, or an SD2.1-base folder or checkpoint.")
 ]
 StageOne = Annotated[
-    Path | None, typer.Option(help="Adapter, when --model is a base model: TUDSR, OMGSR, OSEDiff, PiSA-SR or InvSR.")
+    Path | None,
+    typer.Option(**PATH, help="Adapter for a base --model: TUDSR, OMGSR, OSEDiff, PiSA-SR or InvSR."),
 ]
-StageTwo = Annotated[Path | None, typer.Option(help="TUDSR's stage-two adapter, for more than x4.")]
+StageTwo = Annotated[Path | None, typer.Option(**PATH, help="TUDSR's stage-two adapter, for more than x4.")]
 MethodOption = Annotated[MethodName | None, typer.Option(help="For peft folders, which do not say: tudsr or omgsr.")]
 PromptOption = Annotated[str | None, typer.Option(help="Prompt instead of the method's own.")]
 TokenizerOption = Annotated[
-    Path | None, typer.Option(help="Folder with CLIP's vocab.json and merges.txt, for prompts with a single file.")
+    Path | None,
+    typer.Option(**PATH, help="CLIP's vocab.json and merges.txt, for prompts with a single file."),
 ]
 StepsOption = Annotated[int, typer.Option(help="Network evaluations per tile: 1 to 5 with InvSR, else 1.")]
 FidelityOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the pixel-level part.")]
@@ -119,6 +123,7 @@ def upscale(
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
     suffix: FormatOption = None,
     force: ForceOption = False,
+    max_megapixels: MegapixelsOption = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
 ) -> None:
     """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
@@ -134,14 +139,16 @@ def upscale(
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
     use = AdapterOptions(method and method.value, timestep, steps, prompt, fidelity, detail, tokenizer)
     networks = _load(model, stage_one, stage_two, device, dtype, use)
-    if not dry_run and jobs[0].output.parent == output:
+    into_folder = jobs[0].output.parent == output
+    if into_folder and not dry_run:
         output.mkdir(parents=True, exist_ok=True)
-    how = networks, target, options, Output(bits, quality, force)
+    how = networks, target, options, Output(bits, quality, force, max_megapixels)
     failed = run_jobs(
         jobs,
         lambda job: open_job(job, *how, dry_run),
         lambda job, picture, tick: finish_job(job, picture, *how, tick),
         dry_run,
+        keep=into_folder and not force,
     )
     if failed:
         raise typer.Exit(1)
@@ -150,6 +157,8 @@ def upscale(
 def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision, use=None):
     from .local import AdapterOptions, load_embedded, load_sd21
 
+    if not model:
+        raise ValueError("--model is empty; leave it out for the embedded model")
     path = Path(model)
     if stage_one:
         if model == "embedded":
@@ -167,7 +176,7 @@ def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: De
 @app.command()
 @one_line_errors
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the two pictures.")] = Path("out"),
+    output: Annotated[Path, typer.Option("-o", "--output", **PATH, help="Folder for the two pictures.")] = Path("out"),
     device: DeviceOption = Device.auto,
 ) -> None:
     """Upscale the shipped photo x8 and write it with a comparison (nearest, bicubic, ours)."""
@@ -175,9 +184,10 @@ def demo(
 
     from .batch import Job, Output, finish_job, open_job
     from .evaluation import compare, example_path
-    from .files import read_picture, write_picture
     from .pipeline import UpscaleOptions
     from .plan import Target
+    from .reading import read_picture
+    from .writing import write_picture
 
     output.mkdir(parents=True, exist_ok=True)
     job = Job(example_path(), output / "demo-x8.png")
@@ -224,7 +234,7 @@ def info() -> None:
 @one_line_errors
 def evaluate(
     folder: Annotated[
-        Path | None, typer.Argument(help="Sharp pictures; default: the five public test pictures.")
+        Path | None, typer.Argument(**PATH, help="Sharp pictures; default: the five public test pictures.")
     ] = None,
     model: ModelOption = "embedded",
     stage_one: StageOne = None,

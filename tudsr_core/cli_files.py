@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from .console import MethodName, Precision, err, one_line_errors, out
+from .console import PATH, MethodName, Precision, err, one_line_errors, out
 
-File = Annotated[Path, typer.Argument(help="A weight file, or a peft or diffusers folder.")]
+File = Annotated[Path, typer.Argument(**PATH, help="A weight file, or a peft or diffusers folder.")]
 
 
 def add_file_commands(app: typer.Typer) -> None:
@@ -33,7 +33,7 @@ def inspect(file: File) -> None:
 
 def convert(
     file: File,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", **PATH, help="The .safetensors file to write.")],
     method: Annotated[MethodName | None, typer.Option(help="For peft folders, which do not say.")] = None,
     stage: Annotated[int | None, typer.Option(min=1, max=2, help="For TUDSR's folders: 1 or 2.")] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Precision to store; default: as it is.")] = None,
@@ -68,7 +68,7 @@ def _convert_tagger(folder: Path, output: Path) -> None:
 
 def download(
     name: Annotated[str | None, typer.Argument(help="A name from the list; without one, the list is shown.")] = None,
-    to: Annotated[Path, typer.Option(help="ComfyUI's models folder, or any other.")] = Path("models"),
+    to: Annotated[Path, typer.Option(**PATH, help="ComfyUI's models folder, or any other.")] = Path("models"),
 ) -> None:
     """Fetch one known weight file, checked and resumable, into the right folder; or list them."""
     from .download import download as fetch

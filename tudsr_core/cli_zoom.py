@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .console import (
+    PATH,
     ColorFixOption,
     Device,
     DeviceOption,
@@ -17,6 +18,7 @@ from .console import (
     HeightOption,
     Inputs,
     LongEdgeOption,
+    MegapixelsOption,
     OutputOption,
     OverlapOption,
     Precision,
@@ -41,14 +43,15 @@ def add_zoom_command(app: typer.Typer) -> None:
 def zoom(
     inputs: Inputs,
     output: OutputOption,
-    model: Annotated[Path, typer.Option(help="Stable Diffusion 2.x: a diffusers folder, or a file.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="CLIP's folder, when --model is a single file.")] = None,
+    model: Annotated[Path, typer.Option(**PATH, help="Stable Diffusion 2.x: a diffusers folder, or a file.")],
+    tokenizer: Annotated[Path | None, typer.Option(**PATH, help="CLIP's folder, for a --model in one file.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The same words for every tile.")] = None,
     tile_prompts: Annotated[
-        Path | None, typer.Option(help="One prompt per tile, in reading order: JSON, or a text file of lines.")
+        Path | None, typer.Option(**PATH, help="One prompt per tile, in reading order: JSON, or a text file of lines.")
     ] = None,
     dape: Annotated[
-        Path | None, typer.Option(help="Tag every tile: a converted DAPE file, or a folder of the published files.")
+        Path | None,
+        typer.Option(**PATH, help="Tag every tile: a converted DAPE file, or the published folder."),
     ] = None,
     quality_words: Annotated[str | None, typer.Option(help="Added to every prompt of --prompt and --dape.")] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt of every tile.")] = None,
@@ -72,6 +75,7 @@ def zoom(
     save_prompts: Annotated[bool, typer.Option(help="Write every tile's prompts beside the picture, as JSON.")] = False,
     suffix: FormatOption = None,
     force: ForceOption = False,
+    max_megapixels: MegapixelsOption = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan with its number of network calls and stop.")] = False,
 ) -> None:
     """Enlarge with any SD 2.x and a prompt per tile: tudsr zoom in.png -o out.png --model sd21/ --dape dape/"""
@@ -87,14 +91,16 @@ def zoom(
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
     source = _source(prompt, tile_prompts, dape, given(suffix=quality_words, negative=negative), device)
     networks = load_sd2(model, device.value, dtype.value, tokenizer)
-    if not dry_run and jobs[0].output.parent == output:
+    into_folder = jobs[0].output.parent == output
+    if into_folder and not dry_run:
         output.mkdir(parents=True, exist_ok=True)
-    written = ZoomOutput(overwrite=force, prompts=save_prompts)
+    written = ZoomOutput(overwrite=force, max_megapixels=max_megapixels, prompts=save_prompts)
     failed = run_jobs(
         jobs,
         lambda job: open_zoom(job, networks.facts, target, options, written, dry_run),
         lambda job, image, tick: finish_zoom(job, image, networks, target, options, source, written, tick),
         dry_run,
+        keep=into_folder and not force,
     )
     if failed:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import wraps
@@ -14,7 +15,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .files import MAX_MEGAPIXELS
 from .methods import METHODS
+from .untrusted import printable
 
 if TYPE_CHECKING:
     from .batch import Job
@@ -31,8 +34,28 @@ WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", 
 ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "none")}, type=str)
 Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, type=str)
 
-Inputs = Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")]
-OutputOption = Annotated[Path, typer.Option("-o", "--output", help="A file for one input, else a folder.")]
+
+def _given_path(text: str) -> Path:
+    if not str(text):
+        raise typer.BadParameter("it is empty; '.' is the current folder")
+    return Path(text)
+
+
+# Path("") would be the current folder: what a script with an unset variable asks for.
+PATH = {"parser": _given_path, "metavar": "PATH"}
+
+Inputs = Annotated[
+    list[Path], typer.Argument(parser=_given_path, metavar="IN...", help="Pictures or folders of pictures.")
+]
+OutputOption = Annotated[Path, typer.Option("-o", "--output", **PATH, help="A file for one input, else a folder.")]
+MegapixelsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-megapixels",
+        min=0,
+        help=f"Largest picture to read; default: {MAX_MEGAPIXELS}, less for a small file that claims much.",
+    ),
+]
 ScaleOption = Annotated[float | None, typer.Option(help="Enlarge by this factor, from 1 to 64 (default 4).")]
 WidthOption = Annotated[int | None, typer.Option(help="Enlarge to this width in pixels.")]
 HeightOption = Annotated[int | None, typer.Option(help="Enlarge to this height in pixels.")]
@@ -56,7 +79,7 @@ def never_fail_to_print() -> None:
 
 def complain(error: BaseException) -> None:
     """Print an error as one red line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     err.print(f"error: {text}", style="red", markup=False)
 
 
@@ -96,29 +119,60 @@ def run_jobs(
     open_one: Callable[[Job], tuple[Picture, list[str]]],
     finish_one: Callable[[Job, Picture, Callable], Picture],
     dry_run: bool = False,
+    keep: bool = False,
 ) -> int:
-    """Read, announce, compute and write every job; return how many failed, each with one line."""
-    failed = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    for job in jobs:
-        began = time.monotonic()
-        try:
-            picture, lines = open_one(job)
-            out.print(f"{job.source} -> {job.output}", *(f"  {line}" for line in lines), sep="\n", markup=False)
-            if dry_run:
+    """Read, announce, compute and write every job; return how many failed, each with one line.
+
+    With `keep`, jobs whose output is there already are left as they are. Several jobs are counted,
+    and summed up at the end or at an interrupt.
+    """
+    done, failed, began = Counter(), [], time.monotonic()
+    try:
+        for number, job in enumerate(jobs, 1):
+            count = f"{number} of {len(jobs)}: " if len(jobs) > 1 else ""
+            if keep and not dry_run and job.output.exists():
+                done["kept"] += 1
+                out.print(f"{count}{printable(job.output)} is there already and kept", markup=False)
                 continue
-            with Progress(*columns, console=err, transient=True) as bar:
-                task = bar.add_task(job.source.name, total=None)
+            try:
+                _run_job(job, count, open_one, finish_one, dry_run)
+                done["planned" if dry_run else "written"] += 1
+            except (ValueError, OSError, MemoryError) as error:
+                failed.append(printable(job.source.name))
+                complain(error)
+    finally:
+        if len(jobs) > 1:
+            _sum_up(len(jobs), done, failed, time.monotonic() - began)
+    return len(failed)
 
-                def tick(done: int, total: int, preview: object, bar=bar, task=task) -> None:
-                    bar.update(task, completed=done, total=total)
 
-                result = finish_one(job, picture, tick)
-            height, width = result.size
-            seconds = time.monotonic() - began
-            rate = seconds / (height * width / 1e6)
-            out.print(f"  {width} x {height} written in {seconds:.1f} s ({rate:.1f} s per megapixel)", markup=False)
-        except (ValueError, MemoryError) as error:
-            failed += 1
-            complain(error)
-    return failed
+def _run_job(job: Job, count: str, open_one: Callable, finish_one: Callable, dry_run: bool) -> None:
+    began = time.monotonic()
+    picture, lines = open_one(job)
+    names = printable(f"{job.source} -> {job.output}")
+    out.print(f"{count}{names}", *(f"  {line}" for line in lines), sep="\n", markup=False)
+    if dry_run:
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Where nobody watches, rich would leave an empty line per picture among the errors.
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(count + printable(job.source.name), total=None)
+
+        def tick(done: int, total: int, preview: object) -> None:
+            bar.update(task, completed=done, total=total)
+
+        result = finish_one(job, picture, tick)
+    height, width = result.size
+    seconds = time.monotonic() - began
+    rate = seconds / (height * width / 1e6)
+    out.print(f"  {width} x {height} written in {seconds:.1f} s ({rate:.1f} s per megapixel)", markup=False)
+
+
+def _sum_up(total: int, done: Counter[str], failed: list[str], seconds: float) -> None:
+    parts = [f"{count} {what}" for what, count in done.items()]
+    if failed:
+        parts.append(f"{len(failed)} failed ({', '.join(failed[:10])}{', ...' if len(failed) > 10 else ''})")
+    if left := total - done.total() - len(failed):
+        parts.append(f"{left} not begun or not finished")
+    hint = "; --force replaces what is there" if done["kept"] else ""
+    out.print(f"{total} pictures: {', '.join(parts)}, in {seconds:.0f} s{hint}", markup=False)

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from . import filter_bank
-from .files import FORMATS, PictureError, read_picture
+from .files import PictureError, pictures_in
 from .image import resize
 from .metrics import psnr_y, ssim_y
 from .pipeline import Model, UpscaleOptions, upscale
 from .plan import Target
+from .reading import read_picture
 from .training.degradations import clean, mild
 
 CROP = 16  # sides are cut to a multiple of it, so that x8 of the shrunk picture is the same size
@@ -32,7 +33,7 @@ def example_path() -> Path:
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """Return `{name: 3 H W}` of the pictures in `folder`; raises PictureError if there are none."""
-    found = {p.stem: read_picture(p).pixels[0, :3] for p in sorted(folder.iterdir()) if p.suffix.lower() in FORMATS}
+    found = {p.stem: read_picture(p).pixels[0, :3] for p in pictures_in(folder)}
     if not found:
         raise PictureError(f"folder {folder} holds no pictures to measure on")
     return found

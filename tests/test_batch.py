@@ -1,0 +1,139 @@
+"""Which file becomes which, and what a run over many files says."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from tudsr_core import console
+from tudsr_core.batch import Job, plan_jobs
+from tudsr_core.files import Picture, PictureError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of two pictures, and what killed runs, macOS and hidden folders leave beside them."""
+    made = tmp_path / "in"
+    made.mkdir()
+    for name in ("b.png", "a.jpg", ".a.4711.part.png", "._a.jpg", ".hidden.tif"):
+        Image.new("RGB", (4, 4)).save(made / name)
+    (made / "notes.txt").touch()
+    (made / "folder.png").mkdir()
+    return made
+
+
+def test_a_folder_gives_its_pictures_without_leftovers_and_hidden_files(folder, tmp_path):
+    jobs = plan_jobs([folder], tmp_path / "out")
+    assert [job.source.name for job in jobs] == ["a.jpg", "b.png"]
+    assert plan_jobs([folder / ".hidden.tif"], tmp_path / "out")[0].source.name == ".hidden.tif"
+    for name in ("a.jpg", "b.png"):
+        (folder / name).unlink()
+    with pytest.raises(PictureError, match="holds no pictures .* hidden files are not read"):
+        plan_jobs([folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("output", "suffix", "inputs", "says"),
+    [
+        ("typo.gif", None, ["b.png"], r"pictures of type \.gif are not written; use \.png"),
+        ("typo.pgn", None, ["b.png"], r"type \.pgn are not written"),
+        ("typo.jp2", None, ["b.png", "a.jpg"], r"type \.jp2 are not written"),
+        ("x.png", ".jpg", ["b.png"], "is no JPEG file, which --format asks for"),
+        ("x.png", None, [""], "is a folder; give a folder: -o .*/x$"),
+        ("x.png", None, ["a.jpg", "b.png"], "there are several inputs; give a folder"),
+        ("there.png", None, [""], "is a folder; give a folder: -o .*/there$"),
+        ("there", None, [""], "is a file, not a folder; choose another name with -o"),
+        ("there", None, ["b.png"], "is a file, not a folder"),
+    ],
+)
+def test_outputs_that_cannot_be_are_refused_with_the_remedy(folder, tmp_path, output, suffix, inputs, says):
+    for name in ("there", "there.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(PictureError, match=says):
+        plan_jobs([folder / name for name in inputs], tmp_path / output, suffix)
+
+
+@pytest.mark.parametrize(
+    ("output", "suffix", "made"),
+    [
+        ("x.png", ".png", "x.png"),
+        ("x.jpeg", ".jpg", "x.jpeg"),
+        ("v1.2", None, "v1.2/b.png"),
+        ("made.gif", None, "made.gif/b.png"),
+        ("new", ".webp", "new/b.webp"),
+    ],
+)
+def test_outputs_that_can_be(folder, tmp_path, output, suffix, made):
+    (tmp_path / "made.gif").mkdir()
+    assert plan_jobs([folder / "b.png"], tmp_path / output, suffix) == [Job(folder / "b.png", tmp_path / made)]
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """Consoles that keep what is printed, as files would get it."""
+    kept = {name: Console(file=io.StringIO(), soft_wrap=True, highlight=False) for name in ("out", "err")}
+    for name, made in kept.items():
+        monkeypatch.setattr(console, name, made)
+    return lambda name: kept[name].file.getvalue()
+
+
+def run(tmp_path, names, failing=(), error=ValueError, **options):
+    """Run jobs that only write a byte; the failing ones raise."""
+
+    def open_one(job):
+        if job.source.name in failing:
+            raise error(f"{job.source.name} is damaged")
+        return Picture(torch.zeros(1, 3, 2, 2)), ["2 x 2"]
+
+    def finish_one(job, picture, tick):
+        tick(1, 1, None)
+        job.output.write_bytes(b"x")
+        return picture
+
+    jobs = [Job(tmp_path / name, tmp_path / "out" / name) for name in names]
+    (tmp_path / "out").mkdir(exist_ok=True)
+    return console.run_jobs(jobs, open_one, finish_one, **options)
+
+
+def test_a_run_counts_its_pictures_and_sums_up(tmp_path, printed):
+    names = [f"{index}.png" for index in range(12)]
+    assert run(tmp_path, names, failing=names[3:5]) == 2
+    said = printed("out")
+    assert f"12 of 12: {tmp_path / '11.png'} -> " in said
+    assert said.splitlines()[-1] == "12 pictures: 10 written, 2 failed (3.png, 4.png), in 0 s"
+    assert printed("err").splitlines() == ["error: 3.png is damaged", "error: 4.png is damaged"]
+
+
+def test_finished_pictures_are_kept_without_an_error(tmp_path, printed):
+    run(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "out" / "a.png").write_bytes(b"mine")
+    assert run(tmp_path, ["a.png", "b.png", "c.png"], keep=True) == 0
+    assert (tmp_path / "out" / "a.png").read_bytes() == b"mine"
+    assert f"1 of 3: {tmp_path / 'out' / 'a.png'} is there already and kept" in printed("out")
+    last = printed("out").splitlines()[-1]
+    assert last == "3 pictures: 2 kept, 1 written, in 0 s; --force replaces what is there"
+    assert printed("err") == ""
+
+
+def test_one_picture_is_not_counted_and_a_dry_run_writes_nothing(tmp_path, printed):
+    run(tmp_path, ["a.png"])
+    assert "1 of 1" not in printed("out") and "pictures:" not in printed("out")
+    run(tmp_path, ["b.png", "c.png"], dry_run=True)
+    assert printed("out").splitlines()[-1] == "2 pictures: 2 planned, in 0 s"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
+def test_an_interrupt_sums_up_too(tmp_path, printed):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, ["a.png", "b.png", "c.png"], failing=["b.png"], error=KeyboardInterrupt)
+    assert printed("out").splitlines()[-1] == "3 pictures: 1 written, 2 not begun or not finished, in 0 s"
+
+
+def test_names_and_messages_cannot_command_the_terminal(tmp_path, printed):
+    evil = "a\x1b[31m\r\u202e[red].png"
+    run(tmp_path, [evil, "b.png"], failing=["b.png"], error=lambda text: ValueError(f"\x1b]0;{text}\n\x07"))
+    said = printed("out") + printed("err")
+    assert "\\x1b[31m" in said and "[red].png" in said
+    assert all(line.isprintable() for line in said.splitlines())
