@@ -1,13 +1,17 @@
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from tudsr_core.download import DownloadError, download
 from tudsr_core.known_files import KNOWN_FILES, known_file, where_to_get
 
+ROOT = Path(__file__).parent.parent
 CONTENT = os.urandom(3_000_000)
 SHA = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
 GIT = "git:" + hashlib.sha1(f"blob {len(CONTENT)}\0".encode() + CONTENT).hexdigest()
@@ -21,6 +25,11 @@ class Server(BaseHTTPRequestHandler):
     etag = '"v1"'
     linked = None
     kind = "application/octet-stream"
+    place = None
+    content = CONTENT
+    length = True
+    to = None
+    reason = None
     asked: list = []
 
     def do_HEAD(self):
@@ -35,15 +44,23 @@ class Server(BaseHTTPRequestHandler):
         Server.asked.append(wanted)
         start = 0
         if self.path == "/missing":
-            return self.send_error(404)
+            return self.send_error(404, self.reason)
         if wanted and self.ranges and self.headers.get("If-Range") == self.etag:
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
-        if start >= len(CONTENT):
+        if start and start >= len(CONTENT):
             return self.send_error(416)
-        body = CONTENT[start:]
-        self.send_response(206 if start else 200)
+        if self.to and self.path == "/file.bin":
+            self.send_response(302)
+            self.send_header("Location", self.to)
+            return self.end_headers()
+        body = self.content[start:]
+        self.send_response(206 if start or self.place == "unasked" else 200)
         self.send_header("Content-Type", self.kind)
-        self.send_header("Content-Length", str(len(body)))
+        if start and self.place != "none":
+            place = self.place or f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
+            self.send_header("Content-Range", place)
+        if self.length:
+            self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", self.etag)
         self.end_headers()
         if self.cut_after is not None:
@@ -58,7 +75,8 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    for name, value in dict(cut_after=None, ranges=True, etag='"v1"', linked=None, asked=[]).items():
+    usual = dict(cut_after=None, ranges=True, etag='"v1"', linked=None, asked=[], place=None, content=CONTENT, to=None)
+    for name, value in (usual | {"length": True}).items():
         monkeypatch.setattr(Server, name, value)
     running = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -142,6 +160,105 @@ def test_cancelling_keeps_the_part(server, tmp_path):
     assert not (tmp_path / "x.bin").exists() and (tmp_path / "x.bin.part").exists()
     download(server, tmp_path / "x.bin", SHA)
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "place", ["none", "bytes 0-2999999/3000000", "bytes {have}-2999999/4000000", "bytes x-y/z", "bytes {have}-9/3"]
+)
+def test_a_continuation_from_elsewhere_starts_over(server, tmp_path, monkeypatch, place):
+    cut(server, tmp_path / "x.bin", monkeypatch)
+    have = (tmp_path / "x.bin.part").stat().st_size
+    monkeypatch.setattr(Server, "place", place.format(have=have))
+    assert download(server, tmp_path / "x.bin") == SHA
+    assert Server.asked == [None, f"bytes={have}-", None]
+
+
+def test_a_continuation_of_another_file_starts_over(server, tmp_path, monkeypatch):
+    """A server that answers 206 though the ETag is another one, and says so."""
+    cut(server, tmp_path / "x.bin", monkeypatch)
+    tag = tmp_path / "x.bin.part.etag"
+
+    class Other(str):
+        def __eq__(self, other):
+            return other == tag.read_text(encoding="utf-8") or str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    monkeypatch.setattr(Server, "etag", Other('"v2"'))
+    assert download(server, tmp_path / "x.bin") == SHA
+    assert Server.asked[-1] is None and len(Server.asked) == 3
+
+
+def test_a_part_that_nobody_asked_for_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "place", "unasked")
+    with pytest.raises(DownloadError, match="that was not asked for"):
+        download(server, tmp_path / "x.bin")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_empty_and_endless_answers_are_refused(server, tmp_path, monkeypatch, length):
+    monkeypatch.setattr(Server, "length", length)
+    with pytest.raises(DownloadError, match="more than the 1,000,000 bytes that this file can have"):
+        download(server, tmp_path / "x.bin", largest=1_000_000)
+    assert os.listdir(tmp_path) == []
+    assert download(server, tmp_path / "x.bin", largest=3_000_000) == SHA
+    monkeypatch.setattr(Server, "content", b"")
+    with pytest.raises(DownloadError, match="is empty .0 bytes"):
+        download(server, tmp_path / "y.bin")
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_only_web_addresses_are_followed(server, tmp_path, monkeypatch):
+    (tmp_path / "secret").write_bytes(b"secret")
+    for place in (f"file://{tmp_path}/secret", "ftp://127.0.0.1:9/x", "data:,x"):
+        with pytest.raises(DownloadError, match="only http and https are fetched"):
+            download(place, tmp_path / "x.bin", SHA)
+        monkeypatch.setattr(Server, "to", place)
+        with pytest.raises(DownloadError, match="only http and https are fetched|is not allowed"):
+            download(server, tmp_path / "x.bin", SHA)
+    monkeypatch.setattr(Server, "to", server.replace("file.bin", "other.bin"))
+    assert download(server, tmp_path / "x.bin", SHA) == SHA
+    assert sorted(os.listdir(tmp_path)) == ["secret", "x.bin"]
+
+
+@pytest.mark.parametrize("name", ["x.bin.part", "x.bin.part.etag"])
+def test_links_and_pipes_in_the_parts_place_are_not_written_to(server, tmp_path, name):
+    victim = tmp_path / "victim"
+    for make in (
+        lambda place: place.symlink_to(victim),
+        lambda place: (victim.write_bytes(b"mine"), place.symlink_to(victim)),
+        os.mkfifo,
+        os.mkdir,
+    ):
+        make(tmp_path / name)
+        with pytest.raises(DownloadError, match="is a link, a folder"):
+            download(server, tmp_path / "x.bin", SHA)
+        assert not victim.exists() or victim.read_bytes() == b"mine"
+        (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+    assert download(server, tmp_path / "x.bin", SHA) == SHA
+
+
+def test_two_at_once_do_not_write_to_one_part(server, tmp_path):
+    second = []
+
+    def tick(done, total):
+        if not second:
+            script = "import sys, pathlib; from tudsr_core.download import download"
+            script += "; download(sys.argv[1], pathlib.Path(sys.argv[2]))"
+            command = [sys.executable, "-c", script, server, str(tmp_path / "x.bin")]
+            second.append(subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stderr)
+
+    assert download(server, tmp_path / "x.bin", SHA, tick) == SHA
+    assert "is being fetched by another process" in second[0]
+    assert os.listdir(tmp_path) == ["x.bin"] and (tmp_path / "x.bin").read_bytes() == CONTENT
+
+
+def test_what_a_server_says_is_printed_escaped(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "reason", "\x1b[2J")
+    with pytest.raises(DownloadError) as caught:
+        download(server.replace("file.bin", "missing"), tmp_path / "x.bin", SHA)
+    assert str(caught.value).isprintable() and r"\x1b[2J" in str(caught.value)
 
 
 def test_the_table_is_complete():

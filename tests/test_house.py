@@ -11,8 +11,8 @@ CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
 RANKS = [
-    {"untrusted", "image", "schedule", "known_files", "download", "vae_graph", "vae_planes", "vae_reach"},
-    {"pickles", "tiles", "vae_layers", "files"},
+    {"untrusted", "image", "schedule", "known_files", "vae_graph", "vae_planes", "vae_reach"},
+    {"download", "files", "pickles", "tiles", "vae_layers"},
     {"metadata", "raster"},
     {
         "color",
