@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..tudsr_core.files import temporary_beside
-from ..tudsr_core.prompters import ClipTagPrompter, TagChoice, check_tag_space, read_tags
+from ..tudsr_core.prompters import ClipTagPrompter, TagChoice, check_tag_space, check_tags, read_tags
 from ..tudsr_core.prompts import Tick, content_key
 from .loaders import FOLDER
 from .prompts import PrompterType
@@ -184,7 +184,7 @@ class ClipTags(io.ComfyNode):
     def execute(cls, clip, clip_vision, tags, more_tags, count, least, specific) -> io.NodeOutput:
         words = read_tags() if tags == BUILT_IN else read_tags(find_below(model_roots(), tags))
         more = [word.strip() for word in more_tags.split(",") if word.strip()]
-        words = list(dict.fromkeys([*words, *more]))
+        words = list(dict.fromkeys([*words, *check_tags(more, "more_tags")]))
         weights = weights_mark(text_tower(clip)[1], clip.patcher)
         weights += weights_mark(clip_vision.model, clip_vision.patcher)
         prompter = ClipTagPrompter(

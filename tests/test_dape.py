@@ -387,7 +387,7 @@ def test_converted_files_that_do_not_fit_are_one_clear_error(published, tmp_path
         load_tagger(path)
     for facts in ("{", "[]", json.dumps({"swin": {"depth": 3}, "head": {}, "tags": [], "thresholds": []})):
         save_file(weights, path, {"format": dape.TAGGER_FORMAT, "tagger": facts})
-        with pytest.raises(CheckpointError, match="damaged metadata"):
+        with pytest.raises(CheckpointError, match="the metadata of .*(cannot be read|must be a table|lacks 'depths')"):
             load_tagger(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):

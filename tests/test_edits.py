@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,26 @@ def test_writing_and_reading_are_inverse():
 def test_a_tile_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="tile 16, but there are 15"):
         read_edits("16: x").fit(GRID)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("1: " + "x" * 6_000, "the edit of a tile has 6,000 characters, the limit is 5,000"),
+        ("\n".join(f"1+ {'ab' * 12} {number}" for number in range(400)), "the edit of a tile has"),
+        ("1-\n" * 6_000, "the edits have 6,001 lines"),
+        ("x" * 2**23, "the edits has 8,388,608 characters"),
+        ("# grid 64x64, tile 64x64, rows 0 0, columns 0", "describes no grid"),
+        ("# grid 64x64, tile 32x64, rows 32 0, columns 0", "describes no grid"),
+        ("# grid 96x64, tile 32x64, rows 0 64, columns 0", "describes no grid"),
+        ("# grid 64x64, tile 32x64, rows 0, columns 0", "describes no grid"),
+    ],
+)
+def test_edits_have_limits(text, says):
+    start = time.process_time()
+    with pytest.raises(ValueError, match=says) as caught:
+        read_edits(text)
+    assert time.process_time() - start < 5 and len(str(caught.value)) < 300
 
 
 def test_edits_follow_their_place_when_the_grid_changes():

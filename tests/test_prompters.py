@@ -140,3 +140,26 @@ def test_a_bad_list_is_named(tmp_path):
     for name in ("empty.txt", "missing.txt"):
         with pytest.raises(ValueError, match=name):
             read_tags(tmp_path / name)
+
+
+def test_texts_and_tags_have_limits(tmp_path):
+    deep: list = ["x"]
+    for _ in range(3000):
+        deep = [deep]
+    for values, says in (
+        (deep, "nested too deeply"),
+        (["x"] * 300_000, "too many values"),
+        (["x" * 5001], "a tile's prompt has 5,001"),
+        (["x" * 2**22, "x"], "the tiles' texts have 4,194,305 characters"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            prompts_from_strings(values, 2)
+    file = tmp_path / "tags.txt"
+    for content, says in (
+        ("\n".join(map(str, range(20_001))), "20,001 tags"),
+        ("x" * 201, "a tag of .*tags.txt has 201 characters"),
+        ("x\n" * 2**21 + "x", "more than 4,194,304 bytes"),
+    ):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=says):
+            read_tags(file)

@@ -166,3 +166,26 @@ def test_the_help_pages_call_counts_are_right():
             tiles = len(plan_tiles(int(side) // 8, int(side) // 8, 64, overlap))
             counts += [tiles, tiles * 50]
         assert [int(number.replace(",", "")) for number in numbers] == counts
+
+
+def test_long_texts_are_cut_in_few_trials():
+    asked = []
+
+    def fits(text):
+        asked.append(text)
+        return len(text) <= 100
+
+    words = [f"w{number}" for number in range(1000)]
+    made = Style(suffix="8k").compose(", ".join(words), fits)
+    assert made == ", ".join([*words[:21], "8k"]) and len(asked) <= 11
+    made = Style(suffix="8k").compose(" ".join(words), fits)
+    assert made == " ".join(words[:26]) + ", 8k" and len(made) <= 100 and len(asked) <= 23
+    assert Style(prefix="x" * 200).compose("a, b", fits).startswith("xxx")
+
+
+def test_texts_longer_than_any_prompt_are_refused():
+    with pytest.raises(ValueError, match="a tile's prompt has 5,001 characters"):
+        TilePrompt("x" * 5001)
+    for name in ("prefix", "suffix", "negative"):
+        with pytest.raises(ValueError, match=f"the {name} of the tile prompts has 6,000 characters"):
+            Style(**{name: "x" * 6000})

@@ -235,6 +235,29 @@ def test_streaming_gives_every_tensor_once(tmp_path, monkeypatch):
         assert set(dict(stream(tmp_path / name, ("a.",)))) == {f"a.{i}" for i in range(7)}
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from tudsr_core.tensor_files import CheckpointError, write_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_file(Path(sys.argv[1]), {"a": torch.zeros(10_000)}, {})
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_file(path, {"a": torch.ones(2)}, {})
+    before = path.read_bytes()
+    command = [sys.executable, "-c", FULL, str(path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert "x.safetensors was not written" in done.stdout and "free some space" in done.stdout, done.stderr
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.safetensors"
     write_file(path, {"a": torch.ones(2)}, {})

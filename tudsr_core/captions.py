@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .prompts import Tick, TilePrompt, content_key
+from .untrusted import Fields, UntrustedError, parse_json, read_text
 
 BLIP, FLORENCE = "blip", "florence2"
 MAX_NEW_TOKENS = 48
@@ -19,8 +19,9 @@ MAX_NEW_TOKENS = 48
 def caption_kind(folder: Path) -> str | None:
     """Return which supported model a folder holds, by its `config.json`, or None."""
     try:
-        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        path = folder / "config.json"
+        kind = Fields(parse_json(read_text(path), str(path)), str(path)).text("model_type")
+    except UntrustedError:
         return None
     return kind if kind in (BLIP, FLORENCE) else None
 

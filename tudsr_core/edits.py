@@ -21,15 +21,18 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from .prompts import TilePrompts, split_words, unique
 from .tiles import Tile, TilePlan
+from .untrusted import MAX_TEXT, check_text, shown
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["replace", "add", "clear"]
 SIGNS: dict[str, Kind] = {":": "replace", "+": "add", "-": "clear"}
+MAX_LINES = 5_000
 SAME_REGION = 0.5  # intersection over union from which an edit fits another grid's tile
 SAME_PICTURE = 8  # of 64 brightness bits that may differ
 BLANKS = " \t\u00a0\u3000"
@@ -48,6 +51,9 @@ class Edit:
 
     kind: Kind
     text: str = ""
+
+    def __post_init__(self) -> None:
+        check_text(self.text, "the edit of a tile")
 
     def apply(self, text: str) -> str:
         """Return the description after the edit."""
@@ -77,7 +83,8 @@ class Edits:
 
         An edit fits the tile that covers the same part of the picture (intersection over union of
         at least a half); none fits another picture.
-        Raises ValueError for a tile number that does not exist.
+        Raises ValueError for a tile number that does not exist. The time this takes grows with the
+        number of edits, whatever grid their first line declares.
         """
         grid = self.plan or plan
         for index in self.by_tile:
@@ -124,7 +131,10 @@ def write_header(plan: TilePlan, picture: str | None) -> str:
 def read_edits(text: str) -> Edits:
     """Return the edits written in `text`; raises ValueError naming a line that cannot be read."""
     plan, picture, by_tile = None, None, {}
-    for number, line in enumerate(LINE_ENDS.split(text.removeprefix("\ufeff")), 1):
+    lines = LINE_ENDS.split(check_text(text, "the edits", MAX_TEXT).removeprefix("\ufeff"))
+    if len(lines) > MAX_LINES:
+        raise ValueError(f"the edits have {len(lines):,} lines, the limit is {MAX_LINES:,}; shorten them")
+    for number, line in enumerate(lines, 1):
         line = line.strip(BLANKS)
         if header := HEADER.fullmatch(line):
             if plan is None:
@@ -139,16 +149,22 @@ def _read_line(number: int, line: str) -> tuple[int, Edit]:
     match = LINE.fullmatch(line)
     text = match[3].strip(BLANKS) if match else ""
     if match is None or (match[2] == "-") == bool(text):
-        raise ValueError(f"line {number} of the edits, {line[:80]!r}: write `3: text`, `3+ text` or `3-`")
+        raise ValueError(f"line {number} of the edits, '{shown(line)}': write `3: text`, `3+ text` or `3-`")
     return int(match[1]) - 1, Edit(SIGNS[match[2]], text)
 
 
 def _read_plan(header: re.Match) -> TilePlan:
     height, width, tile_height, tile_width = (int(header[i]) for i in range(1, 5))
     rows, columns = (tuple(map(int, header[i].split())) for i in (5, 6))
-    if min(height, width, tile_height, tile_width, len(rows), len(columns)) < 1:
-        raise ValueError(f"the first line of the edits describes no grid: {header[0]!r}")
+    if not (_covers(rows, tile_height, height) and _covers(columns, tile_width, width)):
+        raise ValueError(f"the first line of the edits describes no grid: {shown(header[0])}; delete it")
     return TilePlan(height, width, tile_height, tile_width, 0, rows, columns)
+
+
+def _covers(offsets: tuple[int, ...], side: int, length: int) -> bool:
+    """Whether tiles of `side` at these offsets cover a length from end to end, in order."""
+    steps = [after - before for before, after in pairwise(offsets)]
+    return offsets[0] == 0 and 0 < side == length - offsets[-1] and all(0 < step <= side for step in steps)
 
 
 def _shared(one: Tile, one_plan: TilePlan, other: Tile, other_plan: TilePlan) -> float:

@@ -6,7 +6,7 @@ captioning models of transformers are in `captions.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from .prompts import Tick, TilePrompt, content_key
+from .untrusted import MAX_TEXT, check_text, flat, read_text
 
+MAX_TAGS, MAX_TAG = 20_000, 200
 TAGS_PATH = Path(__file__).parent / "assets" / "tags.txt"
 
 
@@ -42,7 +44,7 @@ def prompts_from_strings(values: Any, count: int) -> list[TilePrompt]:
 
     A single text is used for all tiles. Raises ValueError if the number of texts is neither 1 nor `count`.
     """
-    texts = list(_flatten(values))
+    texts = _flatten(values)
     if len(texts) == 1:
         texts = texts[0].strip("\n").split("\n")
     if len(texts) == 1:
@@ -55,14 +57,14 @@ def prompts_from_strings(values: Any, count: int) -> list[TilePrompt]:
     return [TilePrompt(", ".join(text.split("\n")).strip()) for text in texts]
 
 
-def _flatten(values: Any) -> Iterable[str]:
-    if isinstance(values, str):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _flatten(value)
-    elif values is not None:
-        raise ValueError(f"expected texts, got {type(values).__name__}; connect a captioner's text output")
+def _flatten(values: Any) -> list[str]:
+    texts = flat(values, "the list of the tiles' texts")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"expected texts, got {type(text).__name__}; connect a captioner's text output")
+    if (size := sum(map(len, texts))) > MAX_TEXT:
+        raise ValueError(f"the tiles' texts have {size:,} characters, the limit is {MAX_TEXT:,}; shorten them")
+    return texts
 
 
 class Tagger(Protocol):
@@ -204,11 +206,17 @@ def check_tag_space(words: Tensor) -> Tensor:
 
 def read_tags(path: Path = TAGS_PATH) -> list[str]:
     """Return a tag list, one per line, `#` lines left out; raises ValueError if it is empty or no text."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a list of tags: {error}") from error
+    lines = read_text(path, limit=MAX_TEXT).splitlines()
     tags = list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.startswith("#")))
     if not tags:
         raise ValueError(f"{path} holds no tags; write one per line")
+    return check_tags(tags, str(path))
+
+
+def check_tags(tags: list[str], where: str) -> list[str]:
+    """Return a list of tags if it is no longer than CLIP can be asked for; raises ValueError naming `where`."""
+    if len(tags) > MAX_TAGS:
+        raise ValueError(f"{where} has {len(tags):,} tags, the limit is {MAX_TAGS:,}; shorten it")
+    for tag in tags:
+        check_text(tag, f"a tag of {where}", MAX_TAG)
     return tags

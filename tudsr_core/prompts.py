@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .image import luma
 from .tiles import Tile, TilePlan
+from .untrusted import check_text
 
 TOKENS = 75  # CLIP's 77 less start and end
 FLAT_STD = 0.02  # luminance, 0..1: below it a tile is sky, wall or blur
@@ -28,10 +30,16 @@ Tick = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TilePrompt:
-    """What one tile shows: comma-separated words, and the scores behind them if there are any."""
+    """What one tile shows: comma-separated words, and the scores behind them if there are any.
+
+    Raises ValueError for a text that is far longer than any prompt, as `Style` does.
+    """
 
     text: str = ""
     tags: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_text(self.text, "a tile's prompt")
 
 
 class TilePrompter(Protocol):
@@ -61,6 +69,10 @@ class Style:
     suffix: str = "clean, high-resolution, 8k"
     negative: str = "dotted, noise, blur, lowres, smooth"
 
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            check_text(text, f"the {name} of the tile prompts")
+
     def compose(self, text: str, fits: Fits | None = None) -> str:
         """Return `prefix, text, suffix` without repeated words, cut so that `fits` agrees.
 
@@ -72,11 +84,22 @@ class Style:
         prefix, words, suffix = split_words(self.prefix), split_words(text), split_words(self.suffix)
         shared = {word.lower() for word in (*prefix, *suffix)}
         words = [word for word in words if word.lower() not in shared]
-        while words and not fits(", ".join(unique([*prefix, *words, *suffix]))):
-            head, _, _ = words[-1].rpartition(" ")
-            # A lone sentence is shortened word by word, a list of tags tag by tag.
-            words[-1:] = [head] if len(words) == 1 and head else []
-        return ", ".join(unique([*prefix, *words, *suffix]))
+
+        def whole(words: Sequence[str]) -> str:
+            return ", ".join(unique([*prefix, *words, *suffix]))
+
+        # A lone sentence is shortened word by word, a list of tags tag by tag.
+        kept = _most(words, lambda words: fits(whole(words)))
+        if words and not kept:
+            parts = _most(words[0].split(), lambda parts: fits(whole([" ".join(parts)])))
+            kept = [" ".join(parts)] if parts else []
+        return whole(kept)
+
+
+def _most(parts: list[str], good: Callable[[list[str]], bool]) -> list[str]:
+    """Return as many of the first `parts` as are good together, found in few trials."""
+    counts = range(1, len(parts) + 1)
+    return parts[: bisect_left(counts, True, key=lambda count: not good(parts[:count]))]
 
 
 @dataclass(frozen=True)

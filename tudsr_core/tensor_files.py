@@ -6,6 +6,7 @@ Knows safetensors and torch's zip pickles; knows nothing of networks or key name
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,17 @@ def _tensor(path: Path, file: safe_open, key: str) -> Tensor:
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name and rename it."""
-    with temporary_beside(path) as temporary:
+    """Write a safetensors file under a temporary name and rename it; raises CheckpointError if the disk refuses."""
+    with _full_disk_named(path), temporary_beside(path) as temporary:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} was not written: {_reason(error)}; free some space, then run again") from error
 
 
 def check_finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -17,7 +17,7 @@ MAX_BYTES = 2**24  # of a text file, or of a header or an index inside a weight 
 MAX_DEPTH = 16
 MAX_VALUES = 200_000
 MAX_NAME = 400  # characters of a tensor's name; published ones stay below 150
-MAX_PROMPT = 10_000  # characters of one prompt, of which CLIP reads some 300
+MAX_PROMPT = 5_000  # characters of one prompt, of which CLIP reads some 300
 MAX_TEXT = 2**22  # characters of all texts of a picture's tiles
 MAX_LARGEST = 10**12  # of a number; sizes, timesteps and factors are all far below
 SHOWN = 120
@@ -88,6 +88,19 @@ def check_plain(value: Any, where: str, error: type[UntrustedError] = UntrustedE
             raise error(f"{where} holds a {type(item).__name__}, which is no plain value")
         if isinstance(item, int | float) and not abs(item) <= MAX_LARGEST:
             raise error(f"{where} holds a number that is none or far too large")
+
+
+def flat(value: Any, where: str, error: type[UntrustedError] = UntrustedError) -> list[Any]:
+    """Return what is in lists inside lists, in order, without the Nones; raises `error` beyond the limits."""
+    check_plain(value, where, error)
+    waiting, found = [value], []
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list | tuple):
+            waiting += reversed(item)
+        elif item is not None:
+            found.append(item)
+    return found
 
 
 def _walk(value: Any) -> Iterator[tuple[Any, int]]:

@@ -23,6 +23,7 @@ from .plan import NetworkFacts, Size, Target, check_tiles
 from .prompts import Style, TilePrompter, TilePrompts, cut_tiles, describe
 from .sampling import SampleOptions, TextNetworks, TilePair, count_calls, draw, noised, sample
 from .tiles import TilePlan, plan_tiles
+from .untrusted import check_text, parse_json, read_text
 
 PromptSource = Callable[[Tensor, "ZoomPlan", "Tick | None"], list[TilePair]]
 """`source(image, plan, tick)`: one pair per tile for the source picture `1 3 H W`."""
@@ -176,17 +177,15 @@ def read_prompts(path: Path, negative: str) -> list[TilePair]:
 
     `negative` goes with entries that have none. Raises ValueError naming the file.
     """
-    try:
-        content = path.read_text("utf-8-sig")
-        entries = json.loads(content) if path.suffix.lower() == ".json" else content.strip("\n").split("\n")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as tile prompts: {error}") from error
+    content = read_text(path)
+    is_json = path.suffix.lower() == ".json"
+    entries = parse_json(content, str(path)) if is_json else content.strip("\n").split("\n")
     pairs = []
     for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
         pair = [entry, negative] if isinstance(entry, str) else entry
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f"{path}: entry {number} must be a text or a [positive, negative] pair in a list")
-        pairs.append((pair[0].strip(), pair[1].strip()))
+        pairs.append(tuple(check_text(text, f"{path}: entry {number}").strip() for text in pair))
     return pairs
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..adapters import Low
 from ..known_files import where_to_get
 from ..tensor_files import CheckpointError, TensorFile, check_finite, read_file, some, write_file
+from ..untrusted import Fields, parse_json, read_text
 from .fill import fill, mismatches
 from .ram import RamConfig, RamTagger, prepare
 from .swin import SwinConfig
@@ -123,16 +124,30 @@ def load_tagger(path: Path) -> DapeTagger:
         raise CheckpointError(
             f"{path} is not a tagger of this pack (its metadata says {file.metadata.get('format')!r})"
         )
-    try:
-        facts = json.loads(file.metadata["tagger"])
-        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in facts["swin"].items()}
-        config = RamConfig(SwinConfig(**sizes), **facts["head"])
-        labels, thresholds = tuple(facts["tags"]), tuple(map(float, facts["thresholds"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} has damaged metadata ({error!r}); convert the weights again") from error
+    where = f"the metadata of {path}"
+    facts = Fields(parse_json(file.metadata.get("tagger", "null"), where, CheckpointError), where, CheckpointError)
+    config = _config(facts)
+    labels, thresholds = tuple(facts.texts("tags")), tuple(facts.numbers("thresholds"))
     if not len(labels) == len(thresholds) == config.labels:
         raise CheckpointError(f"{path} has {len(labels)} tags and {len(thresholds)} thresholds for {config.labels}")
     return DapeTagger(_network(path, config, file.tensors), labels, thresholds, path.stem)
+
+
+def _config(facts: Fields) -> RamConfig:
+    """Return the sizes that a converted file names; raises CheckpointError for those of no tagger."""
+    swin, head = facts.table("swin"), facts.table("head")
+    depths, heads = (tuple(map(int, swin.numbers(name))) for name in ("depths", "heads"))
+    limits = {"image_px": 1024, "patch_px": 64, "width": 1024, "window": 16}
+    sizes = {name: swin.whole(name, least=1, most=most) for name, most in limits.items()}
+    limits = {"labels": 2**16, "token_width": 4096, "width": 4096, "heads": 64, "layers": 16}
+    own = {name: head.whole(name, least=1, most=most) for name, most in limits.items()}
+    # Tokens per side are halved from level to level, and must make whole windows on each.
+    windows = sizes["image_px"] / sizes["patch_px"] / sizes["window"]
+    fits = 0 < len(depths) == len(heads) <= 8 and min(depths) > 0 and sum(depths) <= 64 and min(heads) > 0
+    fits = fits and windows <= 16 and windows % 2 ** (len(depths) - 1) == 0 and own["width"] % own["heads"] == 0
+    if not fits or any(sizes["width"] * 2**level % count for level, count in enumerate(heads)):
+        raise CheckpointError(f"{facts.where}: these are no sizes of a tagger; convert the weights again")
+    return RamConfig(SwinConfig(**sizes, depths=depths, heads=heads), **own)
 
 
 def write_tagger(path: Path, tagger: DapeTagger) -> None:
@@ -162,12 +177,9 @@ def read_lists(folder: Path, count: int) -> tuple[tuple[str, ...], tuple[float, 
     for name in (LIST_FILE, THRESHOLD_FILE):
         path = folder / name
         try:
-            content = path.read_bytes()
-            lines[name] = content.decode().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}); {where_to_get(name)}and put it beside the weights"
-            ) from error
+            lines[name] = read_text(path, CheckpointError).splitlines()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {where_to_get(name)}and put it beside the weights") from error
         if len(lines[name]) != count:
             raise CheckpointError(f"{path} has {len(lines[name])} lines, but the weights know {count} tags")
         if hashlib.sha256("\n".join(lines[name]).encode()).hexdigest() != LIST_SHA256[name]:
