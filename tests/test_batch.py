@@ -131,6 +131,20 @@ def test_an_interrupt_sums_up_too(tmp_path, printed):
     assert printed("out").splitlines()[-1] == "3 pictures: 1 written, 2 not begun or not finished, in 0 s"
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, RuntimeError])
+def test_a_picture_too_large_for_the_memory_does_not_end_the_run(tmp_path, printed, error):
+    assert (
+        run(tmp_path, ["a.png", "b.png"], ["a.png"], lambda _: error("DefaultCPUAllocator: can't allocate memory")) == 1
+    )
+    assert printed("err") == f"error: {tmp_path / 'a.png'} needs more memory than there is\n"
+    assert "2 pictures: 1 written, 1 failed (a.png)" in printed("out")
+
+
+def test_our_own_mistakes_are_not_hidden(tmp_path, printed):
+    with pytest.raises(RuntimeError, match="a.png"):
+        run(tmp_path, ["a.png"], ["a.png"], RuntimeError)
+
+
 def test_names_and_messages_cannot_command_the_terminal(tmp_path, printed):
     evil = "a\x1b[31m\r\u202e[red].png"
     run(tmp_path, [evil, "b.png"], failing=["b.png"], error=lambda text: ValueError(f"\x1b]0;{text}\n\x07"))

@@ -100,6 +100,21 @@ def test_fields_about_the_old_files_storage_are_not_carried(tmp_path):
     assert 256 not in through(tmp_path, picture, ".jpg")[1].exif
 
 
+def test_every_text_goes_into_a_tiff(tmp_path):
+    texts = {0x010E: "Ein Möbel", 0x010F: "Camera", 0x0131: "Prögram", 0x0132: "2024:01:02 03:04:05", 0x8298: "me"}
+    notes, back = through(tmp_path, Picture(PIXELS, exif=exif_of(texts)), ".tif")
+    assert notes == ()
+    stored = {tag: str(back.exif[tag]).encode("latin-1").decode("utf-8") for tag in texts}
+    assert stored == texts
+
+
+def test_a_place_that_leads_nowhere_is_left_out_by_its_name(tmp_path):
+    exif = exif_of({0x010F: "Camera"})
+    exif.get_ifd(0x8825)[30] = 2**70
+    notes, back = through(tmp_path, Picture(PIXELS, exif=exif), ".png")
+    assert notes == ("EXIF fields that PNG cannot hold are left out: GPSDifferential",)
+
+
 def test_tiff_says_which_fields_it_leaves_out(tmp_path):
     notes, back = through(tmp_path, Picture(PIXELS, exif=exif_of({0x010F: "Camera"}, {0x829A: 0.5})), ".tif")
     assert notes == ("EXIF fields that TIFF cannot hold are left out: ExposureTime",)

@@ -183,6 +183,12 @@ def test_jpeg_strips_and_ycbcr_are_read(tmp_path):
         assert np.abs(read_picture(tmp_path / "a.tif").pixels[0].permute(1, 2, 0).numpy() - smooth / 255).max() < 0.05
 
 
+def test_a_tag_that_is_there_twice_does_not_cost_the_picture(tmp_path):
+    tags = grey(10, 10, 10, 134, 100)
+    (tmp_path / "a.tif").write_bytes(directory([tags[0], *tags], bytes(100)))
+    assert read_picture(tmp_path / "a.tif").size == (10, 10)
+
+
 def test_pages_and_orientation(tmp_path):
     pages = np.stack([DEEP[..., 0], DEEP[..., 1]])
     picture, pixels = read(tmp_path, pages, photometric="minisblack", extratags=[(274, "H", 1, 6, True)])
@@ -205,6 +211,7 @@ def test_pages_and_orientation(tmp_path):
         (np.zeros((4, 4, 70), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "70 channels"),
         (np.full((4, 4), 1e30, np.float32), {"photometric": "minisblack"}, "declare no range"),
         (np.full((4, 4), np.inf, np.float32), {"photometric": "minisblack"}, "NaN or infinite"),
+        (DEEP, {"photometric": "rgb", "subfiletype": 1}, "a thumbnail of another"),
         (DEEP, {"photometric": "separated", "extratags": [(332, "H", 1, 2, True)]}, "inks are not CMYK"),
     ],
 )
@@ -246,9 +253,12 @@ HOSTILE = {
         "overlap in the file",
     ),
     "no rows": (directory(grey(10, 10, 0, 8, 100), bytes(99)), "damaged"),
-    "repeated tags": (directory([(270, 2, 99, 8)] * 99), "its tags repeat"),
+    "repeated tags": (directory([(270, 2, 99, 8)] * 99), "its tags claim more bytes"),
     "many tags": (directory([(270 + i, 2, 1, 8) for i in range(1001)]), "1001 tags"),
-    "tags that overlap": (directory([(270 + i, 2, 900, 8) for i in range(99)]), "more bytes than it holds"),
+    "tags that overlap": (
+        directory([(270 + i, 2, 900, 8) for i in range(99)]),
+        "more bytes than it holds",
+    ),
 }
 
 

@@ -137,13 +137,23 @@ def run_jobs(
             try:
                 _run_job(job, count, open_one, finish_one, dry_run)
                 done["planned" if dry_run else "written"] += 1
-            except (ValueError, OSError, MemoryError) as error:
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:
                 failed.append(printable(job.source.name))
-                complain(error)
+                complain(_explained(error, job))
     finally:
         if len(jobs) > 1:
             _sum_up(len(jobs), done, failed, time.monotonic() - began)
     return len(failed)
+
+
+def _explained(error: Exception, job: Job) -> Exception:
+    """Return what to say about `error`; RuntimeErrors other than "not enough memory" are mistakes and raised."""
+    out_of_memory = "OutOfMemoryError" in type(error).__name__ or "allocate memory" in str(error)
+    if out_of_memory or isinstance(error, MemoryError):
+        return MemoryError(f"{job.source} needs more memory than there is")
+    if isinstance(error, RuntimeError):
+        raise error
+    return error
 
 
 def _run_job(job: Job, count: str, open_one: Callable, finish_one: Callable, dry_run: bool) -> None:

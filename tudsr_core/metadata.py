@@ -29,6 +29,8 @@ DPI_RANGE = (1, 65535)  # what JPEG holds; a resolution outside is a mistake
 
 Fields = dict[int | None, dict[int, object]]
 """`{directory: {tag: value}}`; the first directory is None."""
+Tags = set[tuple[int | None, int]]
+"""Pairs of a directory and a tag in it."""
 
 
 def read_exif(source: bytes | BinaryIO) -> tuple[Image.Exif | None, tuple[float, float] | None, list[str]]:
@@ -49,38 +51,36 @@ def read_exif(source: bytes | BinaryIO) -> tuple[Image.Exif | None, tuple[float,
         return None, None, ["its EXIF is broken and left out"]
     fields = {group: _storable(values, group, lost) for group, values in found.items()}
     dpi = _resolution(found[None])
-    for tag in STORAGE & fields[None].keys():
-        del fields[None][tag]
-    names = ", ".join(sorted({ExifTags.TAGS.get(tag, hex(tag)) for tag in lost - STORAGE}))
-    notes = [f"EXIF fields that cannot be carried are left out: {names}"] if names else []
+    lost -= {(None, tag) for tag in STORAGE - {DETAILS, GPS}}
+    notes = [f"EXIF fields that cannot be carried are left out: {_names(lost)}"] if lost else []
     return (_exif_of(fields) if any(fields.values()) else None), dpi, notes
 
 
-def _readable(raw: Image.Exif) -> tuple[Fields, set[int]]:
+def _readable(raw: Image.Exif) -> tuple[Fields, Tags]:
     found: Fields = {None: {}}
-    lost: set[int] = set()
+    lost: Tags = set()
     for tag in list(raw):
         try:
             found[None][tag] = raw[tag]
         except Exception:  # one bad value
-            lost.add(tag)
+            lost.add((None, tag))
     for group in (DETAILS, GPS):
         try:
             found[group] = dict(raw.get_ifd(group)) if group in raw else {}
         except Exception:  # a directory that leads nowhere
             found[group] = {}
-            lost.add(group)
+            lost.add((None, group))
     return found, lost
 
 
-def _storable(values: Mapping[int, object], group: int | None, lost: set[int]) -> dict[int, object]:
+def _storable(values: Mapping[int, object], group: int | None, lost: Tags) -> dict[int, object]:
     """Return the fields that can be written again; the tags of the others go into `lost`."""
     kept = {}
     for tag, value in values.items():
         if group is None and tag in STORAGE:
             continue
         if _stored_bytes(tag, value, group) is None:
-            lost.add(tag)
+            lost.add((group, tag))
         else:
             kept[tag] = value
     return kept
@@ -178,16 +178,26 @@ def fitted(picture: Picture, kind: str, channels: int) -> tuple[Picture, list[st
         icc = None
         notes.append(f"its grey colour profile does not fit the colours of {kind} and is left out")
     picture = replace(picture, dpi=dpi, icc=icc)
-    fields, lost = fields_of(picture.exif), set()
-    fields = {group: _storable(values, group, lost) for group, values in fields.items()}
-    lost |= set(_too_large(replace(picture, exif=_exif_of(fields)), kind)) if kind == "JPEG" else set()
+    lost: Tags = set()
+    fields = {group: _storable(values, group, lost) for group, values in fields_of(picture.exif).items()}
+    if kind == "JPEG":
+        lost |= set(_too_large(replace(picture, exif=_exif_of(fields)), kind))
     if kind == "TIFF":
-        lost |= {tag for group, values in fields.items() for tag in values if not _fits_tiff(group, values[tag])}
-    kept = {group: {tag: value for tag, value in values.items() if tag not in lost} for group, values in fields.items()}
-    if lost - {ORIENTATION}:
-        names = ", ".join(sorted(ExifTags.TAGS.get(tag, hex(tag)) for tag in lost - {ORIENTATION}))
-        notes.append(f"EXIF fields that {kind} cannot hold are left out: {names}")
+        lost |= {
+            (group, tag) for group, values in fields.items() for tag in values if not _fits_tiff(group, values[tag])
+        }
+    kept = {
+        group: {tag: value for tag, value in values.items() if (group, tag) not in lost}
+        for group, values in fields.items()
+    }
+    if said := lost - {(None, ORIENTATION)}:
+        notes.append(f"EXIF fields that {kind} cannot hold are left out: {_names(said)}")
     return replace(picture, exif=_exif_of(kept) if any(kept.values()) else None), notes
+
+
+def _names(tags: Tags) -> str:
+    known = {None: ExifTags.TAGS, DETAILS: ExifTags.TAGS, GPS: ExifTags.GPSTAGS}
+    return ", ".join(sorted({known[group].get(tag, hex(tag)) for group, tag in tags}))
 
 
 def _fits_tiff(group: int | None, value: object) -> bool:
@@ -195,18 +205,18 @@ def _fits_tiff(group: int | None, value: object) -> bool:
     return group is None and isinstance(value, str)
 
 
-def _too_large(picture: Picture, kind: str) -> Iterator[int]:
+def _too_large(picture: Picture, kind: str) -> Iterator[tuple[int | None, int]]:
     """Yield the tags, largest first, without which the EXIF of `picture` is small enough for JPEG."""
     exif = exif_for(picture, kind, (2**32 - 1, 2**32 - 1))  # sizes at their longest
     excess = len(exif.tobytes()) - MAX_JPEG_EXIF_BYTES if exif else 0
     sizes = [
-        (_stored_bytes(tag, _as_stored(value), group) or 0, tag)
+        (_stored_bytes(tag, _as_stored(value), group) or 0, group or 0, tag)
         for group, values in fields_of(picture.exif).items()
         for tag, value in values.items()
     ]
     overhead = len(_exif_of({None: {ORIENTATION: 1}}).tobytes())
-    for size, tag in sorted(sizes, reverse=True):
+    for size, group, tag in sorted(sizes, reverse=True):
         if excess <= 0:
             return
         excess -= size - overhead
-        yield tag
+        yield group or None, tag

@@ -30,6 +30,7 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB, ICCLAB = 0, 1, 
 COLORS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, CIELAB: 3, ICCLAB: 3}
 COLORMAP, INK_SET, EXTRA_SAMPLES, PROFILE = 320, 332, 338, 34675
 PREMULTIPLIED, ALPHA = 1, 2
+REDUCED = 1  # of NewSubfileType
 
 
 def read_tiff(path: Path, max_megapixels: float | None = None) -> Raster | None:
@@ -82,13 +83,12 @@ def _check_directory(file: BinaryIO, size: int) -> bool:
     (tags,) = struct.unpack(order + counted, file.read(struct.calcsize(counted)))
     if not 0 < tags <= MAX_TAGS:
         raise ValueError(f"its directory claims {tags} tags")
-    seen, claimed = set(), 0
-    for code, kind, count in struct.iter_unpack(order + entry, file.read(tags * struct.calcsize(order + entry))):
+    claimed = 0
+    for _, kind, count in struct.iter_unpack(order + entry, file.read(tags * struct.calcsize(order + entry))):
         length = count * (VALUE_BYTES[kind] if kind < len(VALUE_BYTES) else 0)
         claimed += length if length > inline else 0
-        if code in seen or claimed > size:
-            raise ValueError("its tags repeat, or claim more bytes than it holds")
-        seen.add(code)
+        if claimed > size:
+            raise ValueError("its tags claim more bytes than it holds")
     following = file.read(inline)
     return len(following) == inline and any(following)
 
@@ -97,6 +97,8 @@ def _check_page(page, size: int, max_megapixels: float | None) -> None:
     bits = page.bitspersample
     if page.imagedepth != 1 or getattr(page, "tiledepth", 1) not in (0, 1):
         raise Unsuitable(f"it is a volume of {page.imagedepth} layers; save one layer as a picture")
+    if page.subfiletype & REDUCED:
+        raise Unsuitable("its first picture is a thumbnail of another (camera raw?); save that as a plain TIFF")
     if isinstance(bits, tuple):
         raise Unsuitable(f"its channels have {bits} bits; save it with the same depth in all")
     if page.samplesperpixel > MAX_CHANNELS:
