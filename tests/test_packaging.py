@@ -49,6 +49,17 @@ def test_comfyui_still_requires_them():
     assert names((ROOT / "requirements.txt").read_text("utf-8").splitlines()) <= required
 
 
+def test_declared_minima_are_the_versions_that_were_run():
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    declared = dict(
+        re.findall(r'"([a-z-]+)>=([\d.]+)"', project[project.index("dependencies") : project.index("[tool")])
+    )
+    lowest = dict(re.findall(r"^([a-z-]+)==([\d.]+)$", (ROOT / "tests" / "lowest.txt").read_text("utf-8"), re.M))
+    del declared["ruff"]  # formats the code, runs no test
+    assert declared == lowest
+    assert names(dependencies()) <= lowest.keys(), "every dependency has a minimum"
+
+
 @needs_registry
 @pytest.mark.parametrize("packages", resolve.ENVIRONMENTS.values(), ids=resolve.ENVIRONMENTS)
 def test_installing_the_requirements_moves_nothing(packages, tmp_path):

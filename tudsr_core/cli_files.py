@@ -92,7 +92,7 @@ def download(
     path = to / known.folder / known.name
     out.print(f"{known.name}, licence: {known.licence}, from {known.url}", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(known.name, total=None)
         digest = fetch(known.url, path, known.digest, lambda done, total: bar.update(task, completed=done, total=total))
     out.print(f"{path} ({digest})", markup=False)

@@ -44,8 +44,10 @@ def read_tiff(path: Path, max_megapixels: float | None = None) -> Raster | None:
     with _quiet_tifffile(), path.open("rb") as file:
         notes = ["this file holds several pictures; only the first is used"] if _check_directory(file, size) else []
         file.seek(0)
-        flags = {f"is_{name}": False for name in tifffile.TIFF.FILE_FLAGS}
-        with tifffile.TiffFile(file, **flags) as tiff:
+        flags = [f"is_{name}" for name in tifffile.TIFF.FILE_FLAGS]
+        # Older versions work some out themselves, and do not let them be set.
+        settable = [flag for flag in flags if not isinstance(getattr(tifffile.TiffFile, flag, None), property)]
+        with tifffile.TiffFile(file, **dict.fromkeys(settable, False)) as tiff:
             page = tiff.pages[0]
             _check_page(page, size, max_megapixels)
             if page.compression in DECODED_BY_PILLOW or page.photometric == YCBCR:
