@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
+from fuzz.pictures import tiff
 from PIL import Image, ImageCms
 
 from tudsr_core.files import PictureError
@@ -20,7 +21,7 @@ DEEP = RNG.integers(0, 2**16, (6, 8, 4), np.uint16)
 def read(tmp_path, array, **options):
     """Write `array` with tifffile and read it back; returns the picture and its pixels as `H W C`."""
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, array, metadata=None, **options)
+    path.write_bytes(tiff(array, **options))
     picture = read_picture(path)
     return picture, picture.pixels[0].permute(1, 2, 0).numpy()
 
@@ -30,7 +31,7 @@ def read(tmp_path, array, **options):
 def test_white_is_white_at_every_depth(tmp_path, bits, photometric):
     top = 2**bits - 1
     array = np.array([[0, top, top // 3, 1]] * 2, np.uint16 if bits > 8 else np.uint8)
-    picture, pixels = read(tmp_path, array, photometric=photometric, bitspersample=bits)
+    picture, pixels = read(tmp_path, array, photometric=photometric, bits=bits)
     wanted = array / top if photometric == "minisblack" else 1 - array / top
     assert np.abs(pixels[..., 0] - wanted).max() < 1e-6
     assert (picture.bits, picture.is_grey, picture.notes) == (8 if bits <= 8 else 16, True, ())

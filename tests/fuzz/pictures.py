@@ -130,7 +130,7 @@ def whole_tiffs(rgba: np.ndarray, image: Image.Image) -> dict[str, bytes]:
     made["tiff lab"] = tiff(deep[..., :3], photometric="cielab")
     made["tiff cmyk"] = tiff(deep, photometric="separated")
     made["tiff white"] = tiff(deep[..., 0], photometric="miniswhite")
-    made["tiff 12 bit"] = tiff(deep[..., 0] >> 4, photometric="minisblack", bitspersample=12)
+    made["tiff 12 bit"] = tiff(deep[..., 0] >> 4, photometric="minisblack", bits=12)
     made["tiff palette"] = tiff(
         rgba[..., 0], photometric="palette", colormap=np.arange(768, dtype=np.uint16).reshape(3, 256)
     )
@@ -146,9 +146,13 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def tiff(array: np.ndarray, **options) -> bytes:
-    """Return what tifffile writes."""
+def tiff(array: np.ndarray, bits: int | None = None, **options) -> bytes:
+    """Return what tifffile writes; samples of `bits` are packed here, which imagecodecs does not do before 2026."""
     buffer = io.BytesIO()
+    if bits and bits != 8 * array.itemsize:
+        options |= {"shape": array.shape, "dtype": array.dtype, "bitspersample": bits}
+        single = (array[..., None] >> np.arange(bits)[::-1].astype(array.dtype)) & 1
+        array = iter([np.packbits(single.reshape(len(array), -1).astype(np.uint8), axis=1).tobytes()])
     tifffile.imwrite(buffer, array, metadata=None, **options)
     return buffer.getvalue()
 
