@@ -93,6 +93,7 @@ class ComfyNetworks:
         if self.texts:
             guider.original_conds = self.texts.expand(guider.original_conds)
         sampler = _OneStepSampler(body, self.texts)
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "tudsr_stage", sampler.count)
         sigma = float(model.get_model_object("model_sampling").sigma(torch.tensor([t])))
         empty = torch.zeros(z.shape)
         guider.sample(empty, empty, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True)
@@ -109,6 +110,12 @@ class _OneStepSampler(comfy.samplers.Sampler):
     def __init__(self, body: Callable[[Predict], Tensor], texts: TileTexts | None = None) -> None:
         self.body, self.texts = body, texts
         self.result: Tensor | None = None
+        self.calls = 0
+
+    def count(self, executor, *args, **kwargs):
+        """APPLY_MODEL wrapper: ComfyUI leaves a network out in silence when no condition is in effect."""
+        self.calls += 1
+        return executor(*args, **kwargs)
 
     def sample(
         self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -119,8 +126,13 @@ class _OneStepSampler(comfy.samplers.Sampler):
         scale = (1 + sigma**2) ** 0.5
 
         def eps(parts: Tensor) -> Tensor:
-            x = parts.to(noise.device, torch.float32) * scale
+            x, before = parts.to(noise.device, torch.float32) * scale, self.calls
             denoised = guider(x, sigma.expand(len(x)), **extra_args)
+            if self.calls == before:
+                raise ValueError(
+                    "no part of this CONDITIONING is in effect for one of the tiles (its area or its timestep range "
+                    "leaves it out); connect one without an area or a range"
+                )
             return ((x - denoised) / sigma).cpu()
 
         def conds_for(tile: Tile, batch: int) -> dict[str, list]:

@@ -1,13 +1,21 @@
-"""Picture nodes: colour fix."""
+"""Pictures as nodes get them, and the colour fix."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..tudsr_core.color import COLOR_FIXES, match_color
 from ..tudsr_core.image import resize
-from ..tudsr_core.pipeline import UpscaleOptions
+from ..tudsr_core.pipeline import UpscaleOptions, check_image
 from .tiles import CATEGORY
+
+
+def rgb(image: Tensor) -> Tensor:
+    """Return `B 3 H W`, float, of an IMAGE `B H W C`; raises ValueError unless it is RGB or RGBA, finite, and some."""
+    pixels = image.movedim(-1, 1)
+    check_image(pixels)
+    return pixels[:, :3].float()
 
 
 class ColorFix(io.ComfyNode):
@@ -38,7 +46,7 @@ class ColorFix(io.ComfyNode):
     def execute(cls, image, source, method) -> io.NodeOutput:
         if len(source) not in (1, len(image)):
             raise ValueError(f"{len(image)} pictures but {len(source)} sources; give one source or one for each")
-        pixels = image[..., :3].movedim(-1, 1).float()
-        wanted = source[..., :3].movedim(-1, 1).float().expand(len(pixels), -1, -1, -1)
+        pixels = rgb(image)
+        wanted = rgb(source).expand(len(pixels), -1, -1, -1)
         fixed = match_color(pixels, resize(wanted, tuple(pixels.shape[-2:])), method)
         return io.NodeOutput(fixed.movedim(1, -1))

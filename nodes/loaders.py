@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
@@ -15,55 +14,35 @@ from ..tudsr_core.checkpoints import embedded_path, read_adapter, read_model
 from ..tudsr_core.known_files import where_to_get
 from ..tudsr_core.methods import METHODS
 from ..tudsr_core.tensor_files import SUFFIXES, CheckpointError
+from ..tudsr_core.untrusted import shown
 from .adapters import ManagedPredictor, apply, apply_to_unet, apply_to_vae, low_patches, unet_keys
 from .embedded import UNET_PREFIX, build
+from .model_files import find_below, list_below, model_roots
 from .stages import StageFacts, attach
 from .tiles import CATEGORY
 
 log = logging.getLogger(__name__)
 
-FOLDER = "tudsr"
 NOTHING = "(put an adapter into models/tudsr)"
-
-
-def register_folder() -> None:
-    """Make `models/tudsr` known to ComfyUI, keeping paths that extra_model_paths.yaml has added."""
-    default = str(Path(folder_paths.models_dir) / FOLDER)
-    folder_paths.add_model_folder_path(FOLDER, default)
-    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | set(SUFFIXES))
-
-
-register_folder()
+STAGES = {"from file": None, "one": 1, "two": 2}
+PARTS = ("unet_lora_adapter", "vae_encoder_lora_adapter")
 
 
 def list_adapters() -> list[str]:
     """Return adapter files and peft folders below `models/tudsr`, as names for the chooser."""
     found = set()
-    for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
-        if not root.is_dir():
-            continue
-        folders = {file.parent for file in root.rglob("adapter_config.json")}
-        for folder in folders:
-            whole = folder.parent if folder.name in ("unet_lora_adapter", "vae_encoder_lora_adapter") else folder
-            found.add(whole.relative_to(root).as_posix())
-        for file in root.rglob("*"):
-            if file.suffix in SUFFIXES and file.parent not in folders:
-                found.add(file.relative_to(root).as_posix())
-    return sorted(found)
+    for root in model_roots():
+        files = list(list_below(root))
+        folders = {file.parent for file in files if file.name == "adapter_config.json"}
+        found |= {folder.parent if folder.name in PARTS else folder for folder in folders}
+        found |= {file for file in files if file.suffix in SUFFIXES and file.parent not in folders}
+    return sorted(path.as_posix() for path in found)
 
 
 def find_adapter(name: str) -> Path:
     """Return the path of a chosen adapter; raises CheckpointError that says where to put it."""
-    for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
-        path = root / name
-        if path.exists() and root.resolve() in (path.resolve(), *path.resolve().parents):
-            return path
-    where = ", ".join(folder_paths.get_folder_paths(FOLDER))
-    raise CheckpointError(
-        f"adapter {name!r} was not found in {where}; {where_to_get(name)}put the file, or the folder with "
-        "unet_lora_adapter/ inside, there, then press R to refresh"
-    )
+    put = f"put the file, or the folder with {PARTS[0]}/ inside, there, then press R to refresh"
+    return find_below(model_roots(), name, where_to_get(name) + put)
 
 
 class LoadEmbedded(io.ComfyNode):
@@ -103,7 +82,7 @@ def _adapter_inputs() -> list:
         io.Combo.Input("adapter", options=list_adapters() or [NOTHING], tooltip="A file or folder in models/tudsr."),
         io.Combo.Input(
             "stage",
-            options=["from file", "one", "two"],
+            options=list(STAGES),
             default="from file",
             tooltip="Which stage it was trained for. Files of this pack say so themselves; "
             "for published folders choose it here.",
@@ -209,8 +188,8 @@ class LoadAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, adapter, **_) -> str:
         path = find_adapter(adapter)
-        files = [path] if path.is_file() else sorted(path.rglob("*"))
-        return " ".join(f"{file}:{file.stat().st_mtime_ns}" for file in files)
+        files = [path] if path.is_file() else sorted(path / file for file in list_below(path))
+        return " ".join(f"{file}:{file.stat().st_mtime_ns}" for file in files if file.is_file())
 
     @classmethod
     def execute(
@@ -226,7 +205,7 @@ class LoadAdapter(io.ComfyNode):
         fidelity=1.0,
         detail=1.0,
     ) -> io.NodeOutput:
-        number = {"from file": None, "one": 1, "two": 2}[stage]
+        number = _stage_number(stage)
         loaded = read_adapter(find_adapter(adapter), None if method == "from file" else method, number)
         removed = low_patches(loaded.detail, unet_keys(model))
         facts = StageFacts(
@@ -243,6 +222,12 @@ class LoadAdapter(io.ComfyNode):
         facts.steps_for(loaded.stage or 1)  # a number of steps the method does not know fails here
         result = attach(apply_to_unet(model, loaded, adapter, strength), facts)
         return io.NodeOutput(result, apply_to_vae(vae, loaded, adapter, strength), _prompt(clip, loaded.method))
+
+
+def _stage_number(stage: str) -> int | None:
+    if stage not in STAGES:
+        raise ValueError(f"stage is {shown(stage)!r}; use {', '.join(STAGES)}")
+    return STAGES[stage]
 
 
 def _prompt(clip: Any, method: str) -> Any:

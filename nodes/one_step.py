@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..tudsr_core.methods import METHODS
 from ..tudsr_core.schedule import comfy_start_scale, from_noise_level, scaled_linear
-from .stages import StageFacts, facts_of
+from .stages import trained_facts
 from .tiles import CATEGORY
 from .upscale import timestep_input
 
@@ -61,7 +61,7 @@ class OneStepLatent(io.ComfyNode):
 
 
 def _timestep(model, timestep: int) -> int:
-    facts = facts_of(model) or StageFacts("this MODEL")
+    facts = trained_facts(model, timestep)
     steps = facts.steps_for(facts.stage or 1, timestep)
     if len(steps) > 1 or len(facts.branches) > 1 or steps[0] != from_noise_level(steps[0].t):
         raise ValueError(

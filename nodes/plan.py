@@ -14,6 +14,7 @@ from ..tudsr_core.image import resize
 from ..tudsr_core.pipeline import plan_for
 from ..tudsr_core.plan import UpscalePlan
 from ..tudsr_core.tiles import TilePlan
+from .images import rgb
 from .stages import build_stage, combine
 from .tiles import CATEGORY, DEFAULTS, tile_inputs
 from .upscale import MODEL_TIP, target_from, target_inputs
@@ -50,25 +51,26 @@ class Plan(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, stage_one, vae, scale, width, height, tile, overlap, tile_batch) -> io.NodeOutput:
-        stage = build_stage(stage_one, vae, [], 1, 0)
+        stage = build_stage(stage_one, vae, None, 1, 0)
         options = replace(DEFAULTS, tile_px=tile, overlap_px=overlap, tile_batch=tile_batch)
         model = combine(stage, stage)
-        plan = plan_for(model, tuple(image.shape[1:3]), target_from(scale, width, height), options)
+        pixels = rgb(image)
+        plan = plan_for(model, tuple(pixels.shape[-2:]), target_from(scale, width, height), options)
         text = "\n".join(plan.describe())
-        return io.NodeOutput(draw_grid(image[:1], plan), text, plan.calls, ui=ui.PreviewText(text))
+        return io.NodeOutput(draw_grid(pixels[:1], plan), text, plan.calls, ui=ui.PreviewText(text))
 
 
 def draw_grid(image: Tensor, plan: UpscalePlan) -> Tensor:
-    """Return the picture `1 h w 3` with the last stage's tiles outlined and numbered."""
+    """Return the picture `1 3 H W` as `1 h w 3` with the last stage's tiles outlined and numbered."""
     part = plan.stages[-1]
     return draw_tiles(image, part.tiles, part.size, part.padded[0] / part.tiles.height)
 
 
 def draw_tiles(image: Tensor, tiles: TilePlan, wanted: tuple[int, int], unit: float, longest: int = 1024) -> Tensor:
-    """Return the picture as `1 h w 3`, at most `longest`, with numbered tiles of `unit` pixels of size `wanted`."""
+    """Return `1 3 H W` as `1 h w 3` of at most `longest`, with numbered tiles of `unit` pixels of size `wanted`."""
     zoom = min(1.0, longest / max(wanted))
     size = tuple(max(1, round(side * zoom)) for side in wanted)
-    pixels = resize(image[..., :3].movedim(-1, 1).float(), size).clamp(0, 1)
+    pixels = resize(image, size).clamp(0, 1)
     picture = Image.fromarray((pixels[0].movedim(0, -1) * 255).round().byte().numpy())
     draw = ImageDraw.Draw(picture, "RGBA")
     font = ImageFont.load_default(max(10, round(24 * zoom * tiles.tile_width * unit / 512)))

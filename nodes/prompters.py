@@ -19,7 +19,7 @@ from torch import Tensor
 from ..tudsr_core.files import temporary_beside
 from ..tudsr_core.prompters import ClipTagPrompter, TagChoice, check_tag_space, check_tags, read_tags
 from ..tudsr_core.prompts import Tick, content_key
-from .loaders import FOLDER
+from .model_files import find_below, list_below, model_roots
 from .prompts import PrompterType
 from .tiles import CATEGORY
 
@@ -29,21 +29,6 @@ BUILT_IN = "(built-in list)"
 TEMPLATE = "a photo of {}"
 BATCH = 32
 CHOICE = TagChoice()
-
-
-def model_roots(*folders: str) -> list[Path]:
-    """Return existing folders for models of our own and of others."""
-    roots = map(Path, folder_paths.get_folder_paths(FOLDER))
-    return [root for root in (*roots, *(Path(folder_paths.models_dir) / name for name in folders)) if root.is_dir()]
-
-
-def find_below(roots: Sequence[Path], name: str) -> Path:
-    """Return the file or folder of that name; raises ValueError that says where it was looked for."""
-    for root in roots:
-        path = root / name
-        if path.exists() and root.resolve() in path.resolve().parents:
-            return path
-    raise ValueError(f"{name!r} was not found in {', '.join(map(str, roots))}; put it there and press R to refresh")
 
 
 def weights_mark(module: torch.nn.Module, patcher: Any) -> str:
@@ -119,7 +104,7 @@ def cached_words(clip: Any, words: Sequence[str]) -> Tensor:
 
 def list_tag_files() -> list[str]:
     """Return text files below `models/tudsr`."""
-    return sorted({file.relative_to(root).as_posix() for root in model_roots() for file in root.rglob("*.txt")})
+    return sorted({file.as_posix() for root in model_roots() for file in list_below(root) if file.suffix == ".txt"})
 
 
 class ClipTags(io.ComfyNode):

@@ -38,7 +38,9 @@ def region_conditioning(
 
 
 def spread(conditioning: Conditioning, count: int) -> list[Conditioning]:
-    """Return a plain CONDITIONING once per tile; raises ValueError if it is already bound to a place."""
+    """Return a plain CONDITIONING once per tile; raises ValueError if it is empty or already bound to a place."""
+    if not conditioning:
+        raise ValueError("this negative CONDITIONING is empty; connect one from CLIP Text Encode, or none")
     for _, options in conditioning:
         if found := [key for key in ("area", "mask", "control", "gligen") if options.get(key) is not None]:
             raise ValueError(

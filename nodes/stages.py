@@ -57,18 +57,42 @@ def facts_of(model: Any) -> StageFacts | None:
     return model.get_attachment(STAGE_KEY)
 
 
+def trained_facts(model: Any, timestep: int) -> StageFacts:
+    """Return what the adapter on `model` says of itself.
+
+    Without one, a `timestep` above 0 says that an adapter of TUDSR's kind is merged into the weights and
+    was trained there. Raises ValueError for a MODEL with neither: one step of a plain one gives no picture.
+    """
+    facts = facts_of(model)
+    if facts is None and not timestep:
+        raise ValueError(
+            "this MODEL has no one-step adapter, so one step of it gives no picture; put Load TUDSR Adapter between "
+            "SD2.1-base and this node. If an adapter is merged into the checkpoint, use TUDSR Stage One (and Two) "
+            "with the timestep it was trained at"
+        )
+    return facts or StageFacts("this MODEL")
+
+
 def build_stage(
-    model: Any, vae: Any, conditioning: list, number: int, timestep: int, tile_prompts: Any = None, clip: Any = None
+    model: Any,
+    vae: Any,
+    conditioning: list | None,
+    number: int,
+    timestep: int,
+    tile_prompts: Any = None,
+    clip: Any = None,
 ) -> Stage:
     """Return stage `number` over ComfyUI's objects; `timestep` 0 takes the adapter's own (or 200 / 50).
 
+    `conditioning` is None for a stage that is only planned.
     `tile_prompts` (TilePrompts), encoded by `clip`, take the place of `conditioning` where the method
     was trained with a text per picture, and are ignored with a word where it was not.
 
-    Raises ValueError for an adapter of the other stage, for models that do not predict eps on
-    Stable Diffusion's schedule, and for a VAE or CONDITIONING of another model.
+    Raises ValueError for a MODEL without an adapter or with one of the other stage, for models that do
+    not predict eps on Stable Diffusion's schedule, for a VAE or CONDITIONING of another model, and for
+    an empty CONDITIONING.
     """
-    facts = facts_of(model) or StageFacts("this MODEL")
+    facts = trained_facts(model, timestep)
     if facts.stage not in (None, number):
         raise ValueError(
             f"{facts.name!r} is a stage-{_word(facts.stage)} adapter, but it is connected as stage {_word(number)}; "
@@ -131,12 +155,19 @@ def _check_model(model: Any, steps: tuple[OneStep, ...]) -> None:
             )
 
 
-def _check_companions(model: Any, vae: Any, conditioning: list) -> None:
+def _check_companions(model: Any, vae: Any, conditioning: list | None) -> None:
     wanted = model.model.latent_format.latent_channels
     if vae.latent_channels != wanted:
         raise ValueError(
             f"this VAE makes {vae.latent_channels} latent channels, but the MODEL works on {wanted}; "
             "connect the VAE that came with the model"
+        )
+    if conditioning is None:
+        return
+    if not conditioning:
+        raise ValueError(
+            "this CONDITIONING is empty, so the network would not run; connect the loader's conditioning output, or "
+            "CLIP Text Encode"
         )
     width = model.model.model_config.unet_config.get("context_dim")
     for tensor, _ in conditioning:
@@ -153,8 +184,7 @@ def combine(first: Stage, second: Stage | None, limits: StageLimits | None = Non
     Without a second stage, the first one goes as far as it was trained for.
     """
     if limits is None:
-        facts = facts_of(first.networks.model)
-        limits = facts.limits if facts else StageLimits()
+        limits = facts_of(first.networks.model).limits
         if second is None:
             limits = replace(limits, single_up_to=limits.first_max)
     return Model(first, second, limits)

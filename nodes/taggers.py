@@ -8,11 +8,11 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 from comfy_api.latest import io
-from safetensors import SafetensorError, safe_open
 
 from ..tudsr_core.captions import CaptionPrompter, caption_kind
 from ..tudsr_core.prompters import TaggerPrompter
-from .prompters import find_below, model_roots
+from ..tudsr_core.tensor_files import CheckpointError, open_safetensors
+from .model_files import find_below, list_below, model_roots
 from .prompts import PrompterType
 from .tiles import CATEGORY
 
@@ -27,16 +27,16 @@ def list_taggers() -> list[str]:
     """Return folders with RAM's published file and converted taggers below `models/tudsr`."""
     found = set()
     for root in model_roots():
-        found |= {file.parent.relative_to(root).as_posix() for file in root.rglob(RAM_FILE)}
-        found |= {file.relative_to(root).as_posix() for file in root.rglob("*.safetensors") if _is_tagger(file)}
-    return sorted(found)
+        files = list(list_below(root))
+        found |= {file.parent for file in files if file.name == RAM_FILE}
+        found |= {file for file in files if file.suffix == ".safetensors" and _is_tagger(root / file)}
+    return sorted(path.as_posix() for path in found)
 
 
 def _is_tagger(file: Path) -> bool:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return (opened.metadata() or {}).get("format") == TAGGER_FORMAT
-    except (OSError, SafetensorError):
+        return (open_safetensors(file).metadata() or {}).get("format") == TAGGER_FORMAT
+    except CheckpointError:
         return False
 
 
@@ -44,10 +44,10 @@ def list_captioners() -> list[str]:
     """Return folders of BLIP and Florence-2 below `models/tudsr` and `models/LLM`."""
     return sorted(
         {
-            file.parent.relative_to(root).as_posix()
+            file.parent.as_posix()
             for root in model_roots(*CAPTION_ROOTS)
-            for file in root.rglob("config.json")
-            if caption_kind(file.parent)
+            for file in list_below(root)
+            if file.name == "config.json" and caption_kind(root / file.parent)
         }
     )
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from ..tudsr_core.image import resize
 from ..tudsr_core.prompts import cut_tiles
 from ..tudsr_core.tiles import TilePlan, plan_tiles
+from .images import rgb
 from .plan import draw_tiles
 from .tiles import CATEGORY, sampling_tile_inputs
 
@@ -24,9 +25,10 @@ def plan_input() -> io.Input:
 
 def one_picture(image: torch.Tensor, node: str) -> torch.Tensor:
     """Return `3 H W` of an IMAGE; raises ValueError if it holds several."""
-    if len(image) != 1:
-        raise ValueError(f"{node} takes one picture, got {len(image)}; run it once per picture")
-    return image[0, ..., :3].movedim(-1, 0).float()
+    pixels = rgb(image)
+    if len(pixels) != 1:
+        raise ValueError(f"{node} takes one picture, got {len(pixels)}; run it once per picture")
+    return pixels[0]
 
 
 def latent_size(image, latent, scale: float, width: int, height: int) -> tuple[int, int]:
@@ -121,7 +123,7 @@ class PlanTiles(io.ComfyNode):
         rows, columns = latent_size(image, latent, scale, width, height)
         plan = plan_tiles(rows, columns, tile // LATENT_PX, overlap // LATENT_PX, spacing=spacing)
         text, size = tell(plan, steps), (rows * LATENT_PX, columns * LATENT_PX)
-        picture = torch.full((1, 64, 64, 3), 0.25) if image is None else image[:1]
+        picture = torch.full((1, 3, 64, 64), 0.25) if image is None else rgb(image)[:1]
         grid = draw_tiles(picture, plan, size, LATENT_PX)
         return io.NodeOutput(plan, grid, text, len(plan) * steps, ui=ui.PreviewText(text))
 

@@ -55,7 +55,8 @@ def timestep_input(trained: int) -> io.Int.Input:
         min=0,
         max=999,
         tooltip=f"Timestep of the one step. 0: as the adapter says, else {trained} (TUDSR). "
-        "Change it only for adapters trained at another one (OMGSR: 273).",
+        "Change it only for adapters trained at another one (OMGSR: 273), and set it for a checkpoint that an adapter "
+        "is merged into.",
     )
 
 
@@ -110,7 +111,11 @@ def run(image: Tensor, mask: Tensor | None, model, target: Target, options: Upsc
 def _fit_mask(mask: Tensor, pixels: Tensor) -> Tensor:
     """Return `B 1 H W`; Load Image gives an empty 64 x 64 mask for pictures without alpha."""
     size = tuple(pixels.shape[-2:])
+    if mask.ndim < 2 or 0 in mask.shape:
+        raise ValueError(f"this mask is empty: shape {tuple(mask.shape)}; disconnect it or connect another")
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if len(mask) not in (1, len(pixels)):
+        raise ValueError(f"{len(pixels)} pictures but {len(mask)} masks; give one mask or one for each picture")
     if tuple(mask.shape[-2:]) != size:
         mask = resize(mask, size).clamp(0, 1)
     return mask.expand(len(pixels), -1, -1, -1)

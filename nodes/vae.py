@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..tudsr_core.vae_tiling import Side, Tiling, draw
 from .exact_vae import ExactVAE
+from .images import rgb
 from .tiles import CATEGORY
 
 DEFAULTS = Tiling()
@@ -79,7 +80,13 @@ class VAEEncode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels, vae, tile, planes, attention) -> io.NodeOutput:
         exact, tiling = ExactVAE(vae), Tiling(tile, planes, attention)
-        image = vae.vae_encode_crop_pixels(pixels[..., :3]).movedim(-1, 1).float()
+        image = rgb(pixels)
+        height, width = image.shape[-2:]
+        if min(height, width) < exact.scale:
+            raise ValueError(
+                f"a picture of {width} x {height} is smaller than one latent of this VAE ({exact.scale} px); enlarge it"
+            )
+        image = vae.vae_encode_crop_pixels(image.movedim(1, -1)).movedim(-1, 1)
         on_tile = progress(exact, "encoder", tuple(image.shape[-2:]), len(image), tiling)
         return io.NodeOutput({"samples": draw(exact.encode(image, on_tile, tiling), vae.latent_channels, None)})
 
@@ -106,6 +113,11 @@ class VAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, samples, vae, tile, planes, attention) -> io.NodeOutput:
         exact, tiling, z = ExactVAE(vae), Tiling(tile, planes, attention), samples["samples"]
+        if z.ndim != 4 or z.shape[1] != vae.latent_channels or 0 in z.shape:
+            raise ValueError(
+                f"this latent is {tuple(z.shape)}, but this VAE decodes pictures of {vae.latent_channels} channels "
+                "(B C H W); connect the VAE of the model that made it"
+            )
         size = tuple(side * exact.scale for side in z.shape[-2:])
         on_tile = progress(exact, "decoder", size, len(z), tiling)
         return io.NodeOutput(exact.decode(z, on_tile, tiling).movedim(1, -1))

@@ -373,7 +373,7 @@ def check_v_prediction_is_refused():
     )
     stages = part("nodes.stages")
     try:
-        stages.build_stage(model, FoldVAE(), text(0), 1, 0)
+        stages.build_stage(model, FoldVAE(), text(0), 1, 200)
     except ValueError as error:
         assert "SD2.1-base" in str(error)
     else:
@@ -390,7 +390,7 @@ def check_a_vae_or_text_of_another_model_is_refused():
         (wide, FoldVAE(), text(0), "8 wide, but the MODEL wants 1024"),
     ):
         try:
-            stages.build_stage(model, autoencoder, words, 1, 0)
+            stages.build_stage(model, autoencoder, words, 1, 200)
         except ValueError as error:
             assert says in str(error), error
         else:

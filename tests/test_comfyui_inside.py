@@ -11,7 +11,10 @@ import pytest
 from comfyui import find
 from published import write_for_comfyui
 
-SCRIPTS = [Path(__file__).parent / name for name in ("inside_comfyui.py", "inside_tile_prompts.py", "inside_tiled.py")]
+SCRIPTS = [
+    Path(__file__).parent / name
+    for name in ("inside_comfyui.py", "inside_tile_prompts.py", "inside_tiled.py", "inside_refusals.py")
+]
 CHECKS = [
     (script.name, node.name)
     for script in SCRIPTS

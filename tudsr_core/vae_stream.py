@@ -38,12 +38,19 @@ class Tiling:
     `tile_px`: side of a tile in pixels of the picture. `planes`: where activations wait between
     passes; "auto" is the compute device when they fit there, else host memory. `attention`:
     "windowed" lets each tile see only itself and half a tile around, which is NOT exact, for
-    pictures whose global attention would take too long.
+    pictures whose global attention would take too long. Raises ValueError for values that are none of these.
     """
 
     tile_px: int = 512
     planes: Literal["auto", "host", "device"] = "auto"
     attention: Literal["exact", "windowed"] = "exact"
+
+    def __post_init__(self) -> None:
+        if self.tile_px < 1:
+            raise ValueError(f"tile {self.tile_px} must be at least 1; try 512")
+        for name, known in (("planes", ("auto", "host", "device")), ("attention", ("exact", "windowed"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(known)}")
 
 
 @dataclass(frozen=True)
