@@ -28,7 +28,7 @@ def measure(work: Callable[[], Result], device: str = "cpu") -> tuple[Result, Fi
     if device == "cuda":
         torch.cuda.synchronize()
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
-    return result, {"seconds": seconds, "cpu": busy, "mib": (_peak(device) - before) / 2**20}
+    return result, {"seconds": seconds, "cpu": busy, "mib": max(0, _peak(device) - before) / 2**20}
 
 
 def take_turns(commands: dict[str, list[str]], repeat: int) -> dict[str, Figures]:

@@ -60,7 +60,7 @@ class Server:
         )
         self._wait()
 
-    def _wait(self, seconds: float = 180) -> None:
+    def _wait(self, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
@@ -105,7 +105,7 @@ class Server:
         assert "prompt_id" in answer, json.dumps(answer, indent=1)[:3000]
         return answer["prompt_id"]
 
-    def wait(self, prompt: str, seconds: float = 300) -> dict:
+    def wait(self, prompt: str, seconds: float = 900) -> dict:
         """Return the history of a queued graph once it has ended, however it did."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -69,6 +69,24 @@ def embedded():
     return load_embedded("cpu")
 
 
+@pytest.fixture(scope="session")
+def small_sd(tmp_path_factory):
+    """Return the folder of `small_sd.write`."""
+    import small_sd
+
+    root = tmp_path_factory.mktemp("sd")
+    small_sd.write(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def published_files(tmp_path_factory):
+    """Return one adapter of every published format, by name, with what its own networks compute."""
+    import published
+
+    return published.write_all(tmp_path_factory.mktemp("published"))
+
+
 @pytest.fixture
 def noise():
     """Return a function that makes seeded uniform noise of a shape."""

@@ -8,17 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from command import TUDSR, WIDE, tudsr
 from PIL import Image
 
 from tudsr_core import __version__
-
-TUDSR = [sys.executable, "-m", "tudsr_core"]
-WIDE = {**os.environ, "COLUMNS": "400"}
-
-
-def tudsr(*args, **options):
-    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300} | options
-    return subprocess.run([*TUDSR, *map(str, args)], **options)
 
 
 @pytest.fixture
@@ -210,7 +203,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(photo, tmp_path):
 
     out = tmp_path / "out"
     out.mkdir()
-    done = tudsr("upscale", photo, "-o", out, "--scale", 8, preexec_fn=limit)
+    command = [*TUDSR, "upscale", photo, "-o", out, "--scale", "8"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", preexec_fn=limit)
     assert done.returncode == 1
     assert "no room left" in done.stderr
     assert list(out.iterdir()) == []
@@ -224,13 +218,13 @@ def test_ctrl_c_leaves_no_half_written_file(photo, tmp_path):
         [*TUDSR, "upscale", str(large), "-o", str(out), "--scale", "4"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         encoding="utf-8",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job has it ignored
     )
     assert "large.png" in child.stdout.readline()
     time.sleep(1)
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate()
     assert child.returncode == 130, errors
     assert "interrupted" in errors
     assert list(out.iterdir()) == []
@@ -262,14 +256,7 @@ def test_demo_writes_its_two_pictures(tmp_path):
     assert "stage 2: x2" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    import published
-
-    return published.write_all(tmp_path_factory.mktemp("published"))
-
-
-def test_inspect_says_what_each_file_is(adapters, tmp_path):
+def test_inspect_says_what_each_file_is(published_files, tmp_path):
     for name, words in {
         "omgsr": ("peft folder", "194 updates, rank 6, scale 1", "VAE", "t = 200"),
         "osediff": ("OSEDiff .pkl", "258 updates, rank 4, scale 2", "trained: conv_in", "t = 999", "Apache-2.0"),
@@ -277,7 +264,7 @@ def test_inspect_says_what_each_file_is(adapters, tmp_path):
         "invsr": ("InvSR noise predictor", "SD-Turbo", "fixed: Cinematic", "0.86904 z + 0.49473 n"),
         "kohya": ("diffusers or kohya LoRA", "scale 0.5"),
     }.items():
-        done = tudsr("inspect", adapters[name].path, env=WIDE)
+        done = tudsr("inspect", published_files[name].path, env=WIDE)
         assert done.returncode == 0, done.stderr
         assert all(word in done.stdout for word in words), (name, done.stdout)
     from tudsr_core.checkpoints import embedded_path
@@ -289,15 +276,15 @@ def test_inspect_says_what_each_file_is(adapters, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_convert_writes_one_file_that_says_everything(adapters, tmp_path):
+def test_convert_writes_one_file_that_says_everything(published_files, tmp_path):
     target = tmp_path / "new" / "one.safetensors"
-    done = tudsr("convert", adapters["omgsr"].path, "-o", target, "--method", "omgsr", "--dtype", "fp16")
+    done = tudsr("convert", published_files["omgsr"].path, "-o", target, "--method", "omgsr", "--dtype", "fp16")
     assert done.returncode == 0, done.stderr
     inspected = tudsr("inspect", target, env=WIDE).stdout
     assert all(word in inspected for word in ("adapter of this pack", "OMGSR", "t = 273", "float16", "194 updates"))
-    again = tudsr("convert", adapters["osediff"].path, "-o", target)
+    again = tudsr("convert", published_files["osediff"].path, "-o", target)
     assert again.returncode == 1 and "add --force" in again.stderr
-    wrong = tudsr("convert", adapters["osediff"].path, "-o", tmp_path / "x.safetensors", "--method", "omgsr")
+    wrong = tudsr("convert", published_files["osediff"].path, "-o", tmp_path / "x.safetensors", "--method", "omgsr")
     assert wrong.returncode == 1 and "adapter of OSEDiff, not of OMGSR" in wrong.stderr
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -360,7 +347,8 @@ def test_a_name_that_the_console_cannot_show_is_still_done(photo, tmp_path, enco
     console = {**WIDE, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     (tmp_path / "無.png").write_bytes(b"no picture")
     made = tmp_path / "大"
-    done = tudsr("upscale", odd, tmp_path / "無.png", "-o", made, "--scale", 2, env=console, encoding=encoding)
+    command = [*TUDSR, "upscale", odd, tmp_path / "無.png", "-o", made, "--scale", "2"]
+    done = subprocess.run(command, capture_output=True, env=console, encoding=encoding)
     assert size(made / odd.name) == (56, 40)
     assert r"\u5199\u771f" in done.stdout and "56 x 40 written" in done.stdout
     assert r"\u7121.png" in done.stderr and "Traceback" not in done.stderr and done.returncode == 1

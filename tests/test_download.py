@@ -81,7 +81,7 @@ def server(monkeypatch):
     for name, value in (usual | {"length": True}).items():
         monkeypatch.setattr(Server, name, value)
     running = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}/file.bin"
     running.shutdown()
     running.server_close()

@@ -31,9 +31,9 @@ TITLES = {
 }
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return published.write_all(tmp_path_factory.mktemp("published"))
+@pytest.fixture
+def files(published_files):
+    return published_files
 
 
 @pytest.fixture

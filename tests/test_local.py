@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from sd_layout import to_ldm
 from sd_stand_in import slow_text_tower, text_weights
+from small_sd import SMALL_TEXT, SMALL_UNET, SMALL_VAE
 
 from tudsr_core.checkpoints import embedded_path
 from tudsr_core.image import resize
@@ -97,66 +98,6 @@ def test_devices_that_are_absent_are_named():
     assert pick_device("cpu").type == "cpu"
 
 
-SMALL_UNET = dict(
-    sample_size=8,
-    block_out_channels=(32, 64, 64, 64),
-    layers_per_block=2,
-    attention_head_dim=(2, 4, 4, 4),
-    cross_attention_dim=32,
-    use_linear_projection=True,
-    norm_num_groups=8,
-)
-SMALL_VAE = dict(
-    block_out_channels=(16, 32, 32, 32),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    layers_per_block=1,
-    norm_num_groups=8,
-    latent_channels=4,
-    scaling_factor=0.18215,
-)
-SMALL_TEXT = dict(
-    vocab_size=49408,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    projection_dim=32,
-)
-
-
-@pytest.fixture(scope="module")
-def small_sd(tmp_path_factory):
-    """A Stable Diffusion folder in miniature, with a tokenizer and two adapters, all random."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from peft import LoraConfig, get_peft_model
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("sd")
-    unet = UNet2DConditionModel(**SMALL_UNET)
-    unet.save_pretrained(root / "base" / "unet")
-    AutoencoderKL(**SMALL_VAE).save_pretrained(root / "base" / "vae")
-    CLIPTextModel(CLIPTextConfig(**SMALL_TEXT)).save_pretrained(root / "base" / "text_encoder")
-    DDPMScheduler().save_pretrained(root / "base" / "scheduler")
-    tokenizer = root / "base" / "tokenizer"
-    tokenizer.mkdir()
-    words = {"!": 0, "a</w>": 1, "b</w>": 2, "a": 3, "b": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}
-    (tokenizer / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "!"}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    for name in ("one", "two"):
-        targets = ["conv1", "conv2", "to_q", "to_v", "to_out.0", "conv_in"]
-        adapted = get_peft_model(unet, LoraConfig(r=4, lora_alpha=4, target_modules=targets))
-        for key, parameter in adapted.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(parameter, std=0.1)
-        adapted.save_pretrained(root / name / "unet_lora_adapter")
-        unet = adapted.unload()
-    return root
-
-
 def test_sd21_folder_with_two_adapters_equals_the_formula_by_hand(small_sd):
     """Both stages, untiled, against diffusers and peft called directly."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -219,7 +160,7 @@ def test_sd21_refuses_what_does_not_fit(small_sd, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def published_base(tmp_path_factory, small_sd):
+def published_base(tmp_path_factory, small_sd, published_files):
     """A diffusers folder of `published.networks()`, with the small text tower, and the adapters for it."""
     root = tmp_path_factory.mktemp("published")
     unet, vae = published.networks()
@@ -227,7 +168,7 @@ def published_base(tmp_path_factory, small_sd):
     vae.save_pretrained(root / "base" / "vae")
     for part in ("text_encoder", "tokenizer", "scheduler"):
         shutil.copytree(small_sd / "base" / part, root / "base" / part)
-    return root / "base", published.write_all(root)
+    return root / "base", published_files
 
 
 @torch.no_grad()

@@ -6,12 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from command import tudsr
 from conftest import IdentityNetworks
 from PIL import Image
-from test_cli import size, tudsr
 from test_dape import published  # noqa: F401 - a fixture
 from test_dape import read as read_small
-from test_local import small_sd  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from tudsr_core.cli import app
@@ -216,7 +215,8 @@ def test_the_command_runs_the_recipe(small_sd, published, photo, tmp_path):  # n
     assert not (tmp_path / "dry.png").exists()
     done = tudsr("zoom", photo, "-o", tmp_path / "a.png", *base, "--prompt", "b a", "--save-prompts")
     assert done.returncode == 0, done.stderr
-    assert size(tmp_path / "a.png") == (80, 64)
+    with Image.open(tmp_path / "a.png") as made:
+        assert made.size == (80, 64)
     prompts = json.loads((tmp_path / "a.prompts.json").read_text("utf-8"))
     assert prompts == [["b a, clean, high-resolution, 8k", STYLE.negative]] * 2
     again = ("--tile-prompts", tmp_path / "a.prompts.json", "--tile-batch", 2)
@@ -241,7 +241,7 @@ def test_the_command_runs_the_recipe(small_sd, published, photo, tmp_path):  # n
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
-def test_wishes_that_cannot_be_met_are_one_line(small_sd, photo, tmp_path):  # noqa: F811
+def test_wishes_that_cannot_be_met_are_one_line(small_sd, photo, tmp_path):
     (tmp_path / "one.txt").write_text("a\n", encoding="utf-8")
     for wrong, says in (
         (("--prompt", "a", "--tile-prompts", tmp_path / "one.txt"), "only one of"),

@@ -1,0 +1,47 @@
+"""The `tudsr` command for tests: every call a process of its own, but torch is loaded once for all of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TUDSR = [sys.executable, "-m", "tudsr_core"]
+WIDE = {**os.environ, "COLUMNS": "400"}
+# Not the command's own modules: they look at the environment when they are imported.
+HEAVY = ["torch", "tudsr_core.local", "tudsr_core.inspection", "tudsr_core.reading", "tudsr_core.writing"]
+
+
+def _run(arguments: list[str], folder: str, env: dict[str, str], files: list[str]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, path in enumerate(files, 1):
+        written = os.open(path, os.O_WRONLY)
+        os.dup2(written, number)
+        os.close(written)
+    sys.stdin.close()
+    sys.argv = ["tudsr", *arguments]
+    from tudsr_core.cli import main
+
+    main()
+
+
+def tudsr(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; returns its code and what it printed."""
+    words = [str(word) for word in arguments]
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(HEAVY)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder, name)) for name in ("out", "err")]
+        for path in files:
+            Path(path).touch()
+        child = context.Process(target=_run, args=(words, os.getcwd(), dict(env or os.environ), files))
+        child.start()
+        child.join()
+        out, err = (Path(path).read_text("utf-8") for path in files)
+    return subprocess.CompletedProcess([*TUDSR, *words], child.exitcode, out, err)
