@@ -7,6 +7,9 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from comfyui import find
+
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update"]
 
@@ -16,22 +19,53 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def comfyui_for_browser() -> Path:
+    """Return ComfyUI's folder; skips the test where it, Chromium or Playwright is missing."""
+    if (comfyui := find()) is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
+    if chromium() is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    pytest.importorskip("playwright", reason="no Playwright: pip install playwright")
+    return comfyui
+
+
 @contextmanager
-def open_page(url: str, width: int = 1500, height: int = 860):
-    """Yield a Playwright page that shows ComfyUI with all nodes registered."""
+def open_page(url: str, width: int = 1500, height: int = 860, vue: bool = False):
+    """Yield a Playwright page that shows ComfyUI with all nodes registered.
+
+    `vue` turns on the nodes drawn by Vue; skips the test where the frontend has no complete ones.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
-        page = browser.new_page(viewport={"width": width, "height": height})
-        page.goto(url)
-        page.wait_for_function(
-            "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100",
-            timeout=90000,
-        )
-        page.wait_for_timeout(1500)
-        yield page
-        browser.close()
+        try:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.goto(url)
+            wait_until_ready(page)
+            use_vue_nodes(page, vue)
+            yield page
+        finally:
+            browser.close()
+
+
+def wait_until_ready(page) -> None:
+    """Wait until a page that was opened or reloaded can take a workflow."""
+    page.wait_for_function(
+        "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100",
+        timeout=90000,
+    )
+    page.wait_for_timeout(1500)
+
+
+def use_vue_nodes(page, on: bool) -> None:
+    """Have nodes drawn by Vue, or by litegraph; the server keeps the setting for pages opened later."""
+    version = page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__ ?? ''")
+    if on and [int(part) for part in version.split(".")[:2]] < [1, 35]:
+        pytest.skip(f"the Vue nodes of frontend {version} are not complete")
+    page.evaluate("async on => { await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on) }", on)
+    page.wait_for_timeout(500)
+    assert page.evaluate("() => LiteGraph.vueNodesMode") is on
 
 
 def load_graph(page, workflow: dict) -> None:

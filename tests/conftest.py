@@ -87,6 +87,25 @@ def published_files(tmp_path_factory):
     return published.write_all(tmp_path_factory.mktemp("published"))
 
 
+@pytest.fixture(scope="session")
+def browser_server(tmp_path_factory):
+    """Yield one ComfyUI server for all tests in the browser, with the shipped photo as `example.png`."""
+    from browser import comfyui_for_browser
+    from comfyui import Server
+    from PIL import Image
+
+    from tudsr_core.evaluation import example_path
+
+    base = tmp_path_factory.mktemp("browser")
+    server = Server(comfyui_for_browser(), base)
+    try:
+        with Image.open(example_path()) as image:
+            image.convert("RGB").save(base / "input" / "example.png")
+        yield server
+    finally:
+        server.stop()
+
+
 @pytest.fixture
 def noise():
     """Return a function that makes seeded uniform noise of a shape."""

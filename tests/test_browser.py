@@ -6,42 +6,27 @@ import json
 import os
 from pathlib import Path
 
-import pytest
-from browser import chromium, fit, open_page, run_graph, shoot
-from comfyui import PACK, Server, find
+from browser import fit, open_page, run_graph, shoot
+from comfyui import PACK
 from PIL import Image
-
-from tudsr_core.evaluation import example_path
 
 TEMPLATE = PACK / "workflows" / "01-embedded-x8.json"
 
 
-def test_drop_the_template_run_and_see_the_picture(tmp_path):
-    comfyui = find()
-    if comfyui is None:
-        pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
-    if chromium() is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    pytest.importorskip("playwright", reason="no Playwright: pip install playwright")
-    server = Server(comfyui, tmp_path)
-    try:
-        with Image.open(example_path()) as image:
-            image.convert("RGB").save(tmp_path / "input" / "example.png")
-        with open_page(server.url) as page:
-            drop(page, TEMPLATE)
-            assert page.evaluate("() => app.graph._nodes.map(n => n.type)").count("TUDSRUpscale") == 1
-            assert page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).length") == 0
-            run_graph(page)
-            assert page.evaluate("() => document.querySelectorAll('.p-toast-message').length") == 0
-            shown = page.evaluate("() => app.graph._nodes.find(n => n.type == 'SaveImage').imgs[0].naturalWidth")
-            assert shown == 1600
-            fit(page)
-            target = Path(os.environ.get("TUDSR_SCREENSHOT", tmp_path / "browser.png"))
-            shoot(page, target)
-            with Image.open(target) as picture:
-                assert len(picture.convert("RGB").getcolors(10**6)) > 5000
-    finally:
-        server.stop()
+def test_drop_the_template_run_and_see_the_picture(browser_server, tmp_path):
+    with open_page(browser_server.url) as page:
+        drop(page, TEMPLATE)
+        assert page.evaluate("() => app.graph._nodes.map(n => n.type)").count("TUDSRUpscale") == 1
+        assert page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).length") == 0
+        run_graph(page)
+        assert page.evaluate("() => document.querySelectorAll('.p-toast-message').length") == 0
+        shown = page.evaluate("() => app.graph._nodes.find(n => n.type == 'SaveImage').imgs[0].naturalWidth")
+        assert shown == 1600
+        fit(page)
+        target = Path(os.environ.get("TUDSR_SCREENSHOT", tmp_path / "browser.png"))
+        shoot(page, target)
+        with Image.open(target) as picture:
+            assert len(picture.convert("RGB").getcolors(10**6)) > 5000
 
 
 def drop(page, path: Path) -> None:

@@ -7,12 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-from browser import chromium, fit, load_graph, open_page, run_graph, shoot
-from comfyui import Server, find
+from browser import fit, load_graph, open_page, run_graph, shoot
 from PIL import Image
 
 from tudsr_core.edits import read_edits
-from tudsr_core.evaluation import example_path
 
 THINGS = ["table edge", "cup rim", "steam", "dark background", "spoon", "coffee foam", "porcelain", "shadow"]
 THINGS += ["saucer", "reflection", "napkin", "linen"]  # three rows of four
@@ -47,23 +45,10 @@ GRAPH = {
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    comfyui = find()
-    if comfyui is None:
-        pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
-    if chromium() is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    pytest.importorskip("playwright", reason="no Playwright: pip install playwright")
-    base = tmp_path_factory.mktemp("editor")
-    server = Server(comfyui, base)
-    try:
-        with Image.open(example_path()) as image:
-            image.convert("RGB").save(base / "input" / "example.png")
-        with open_page(server.url) as page:
-            page.server = server
-            yield page
-    finally:
-        server.stop()
+def page(browser_server):
+    with open_page(browser_server.url) as page:
+        page.server = browser_server
+        yield page
 
 
 def open_graph(page):
