@@ -17,7 +17,7 @@ from ..tudsr_core.tiles import TilePlan
 from .images import rgb
 from .stages import build_stage, combine
 from .tiles import CATEGORY, DEFAULTS, tile_inputs
-from .upscale import MODEL_TIP, target_from, target_inputs
+from .upscale import MODEL_TIP, published_input, target_from, target_inputs
 
 
 class Plan(io.ComfyNode):
@@ -40,6 +40,7 @@ class Plan(io.ComfyNode):
                 tile,
                 overlap,
                 tile_batch,
+                published_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="The picture with the last stage's tiles."),
@@ -50,9 +51,11 @@ class Plan(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, stage_one, vae, scale, width, height, tile, overlap, tile_batch) -> io.NodeOutput:
+    def execute(
+        cls, image, stage_one, vae, scale, width, height, tile, overlap, tile_batch, published=False
+    ) -> io.NodeOutput:
         stage = build_stage(stage_one, vae, None, 1, 0)
-        options = replace(DEFAULTS, tile_px=tile, overlap_px=overlap, tile_batch=tile_batch)
+        options = replace(DEFAULTS, tile_px=tile, overlap_px=overlap, tile_batch=tile_batch, published=published)
         model = combine(stage, stage)
         pixels = rgb(image)
         plan = plan_for(model, tuple(pixels.shape[-2:]), target_from(scale, width, height), options)

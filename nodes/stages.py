@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_sampling
 import torch
 
-from ..tudsr_core.methods import METHODS
+from ..tudsr_core.methods import METHODS, Method
 from ..tudsr_core.pipeline import Model, NoisePredictor, Stage
 from ..tudsr_core.plan import StageLimits
 from ..tudsr_core.schedule import OneStep, scaled_linear
@@ -25,24 +25,30 @@ STAGE_KEY = "tudsr_stage"
 class StageFacts:
     """What an adapter says of itself; travels on the MODEL as an attachment.
 
-    `steps`: the file's own formula, None for the method's, in `count` evaluations. `branches`:
+    `method`: None for a model of no published method, which then has `steps`. `steps`: the file's own
+    formula, None for the method's, in `count` evaluations. `branches`:
     `(w_j, patches, strength)` per branch of eps = sum of w_j B_j, the patches to add to MODEL for it.
     """
 
     name: str
     stage: int | None = None
-    method: str = "tudsr"
+    method: str | None = "tudsr"
     steps: tuple[OneStep, ...] | None = None
     count: int = 1
     limits: StageLimits = field(default_factory=StageLimits)
     branches: tuple[tuple[float, dict[str, Any], float], ...] = ((1.0, {}, 0.0),)
     predictor: NoisePredictor | None = None
 
+    @property
+    def about(self) -> Method | None:
+        """The row of the method table."""
+        return METHODS[self.method] if self.method else None
+
     def steps_for(self, number: int, timestep: int = 0) -> tuple[OneStep, ...]:
         """Return the steps as stage `number`; `timestep` above 0 replaces the trained one."""
         if self.steps and not timestep:
             return self.steps
-        return METHODS[self.method].steps(number, self.count, timestep)
+        return (self.about or METHODS["tudsr"]).steps(number, self.count, timestep)
 
 
 def attach(model: Any, facts: StageFacts) -> Any:
@@ -113,15 +119,16 @@ def build_stage(
         f"stage {_word(number)}",
         branches=() if alone else tuple(networks),
         predictor=facts.predictor,
+        about=facts.about,
     )
 
 
 def _texts(facts: StageFacts, tile_prompts: Any, clip: Any) -> TileTexts | None:
     if tile_prompts is None:
         return None
-    about = METHODS[facts.method]
-    if about.prompt is not None:
-        log.warning("tile prompts are ignored: %s (%s) was trained with one fixed text", facts.name, about.title)
+    if facts.about is None or facts.about.prompt is not None:
+        title = f" ({facts.about.title})" if facts.about else ""
+        log.warning("tile prompts are ignored: %s%s was trained with one fixed text", facts.name, title)
         return None
     return TileTexts(clip, tile_prompts)
 

@@ -166,7 +166,7 @@ def tile_inputs(defaults: UpscaleOptions = DEFAULTS) -> list:
             options=["gaussian", "uniform", "published"],
             default=defaults.window,
             tooltip="How overlapping tiles are weighted: gaussian is smooth, uniform is the plain average, "
-            "published reproduces the off-centre window of OMGSR and OSEDiff.",
+            "published is the off-centre window of OMGSR and OSEDiff, and nothing but the window.",
         ),
     ]
 

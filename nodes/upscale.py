@@ -47,6 +47,18 @@ def shared_inputs() -> list:
     ]
 
 
+def published_input() -> io.Boolean.Input:
+    """Return the switch to the method's own tiles; the last widget, so that saved workflows keep their places."""
+    return io.Boolean.Input(
+        "published",
+        default=DEFAULTS.published,
+        optional=True,
+        tooltip="Tiles exactly as the method's own script has them: OMGSR and TUDSR 512 px that overlap by 256, "
+        "OSEDiff and PiSA-SR 768 by 256, with its places and weights; tile, overlap and window are then not used. "
+        "Turn it on to reproduce a paper's picture.",
+    )
+
+
 def timestep_input(trained: int) -> io.Int.Input:
     """Return the timestep widget; 0 means the adapter's own."""
     return io.Int.Input(
@@ -95,6 +107,7 @@ def options_from(values: dict) -> UpscaleOptions:
         color_fix=values["color_fix"],
         sample_posterior=values["sample_posterior"],
         seed=values["seed"],
+        published=values.get("published", DEFAULTS.published),
     )
 
 
@@ -159,6 +172,7 @@ class Upscale(io.ComfyNode):
                 *shared_inputs(),
                 io.Model.Input("stage_two", optional=True, tooltip=MODEL_TIP.format("two") + " Needed above x3 or x4."),
                 *tile_prompt_inputs(),
+                published_input(),
             ],
             outputs=outputs(),
         )
@@ -215,6 +229,7 @@ class StageOne(io.ComfyNode):
                 timestep_input(200),
                 *shared_inputs(),
                 *tile_prompt_inputs(),
+                published_input(),
             ],
             outputs=outputs(),
         )
@@ -246,6 +261,7 @@ class StageTwo(io.ComfyNode):
                 io.Float.Input("factor", default=2.0, min=1.0, max=4.0, step=0.5, tooltip="Factor N; 2 as trained."),
                 timestep_input(50),
                 *shared_inputs(),
+                published_input(),
             ],
             outputs=outputs(),
         )

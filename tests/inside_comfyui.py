@@ -818,6 +818,23 @@ def check_plan_speaks_and_draws():
     assert tuple(grid.shape[:1]) == (1,) and grid.shape[-1] == 3
 
 
+def check_plan_shows_the_tiles_of_the_methods_own_script():
+    for name, method, size, tiles in (
+        ("pisa_sr", "from file", (300, 200), "800 x 1200, 4 tiles of 768 x 768 as published"),
+        ("omgsr", "omgsr", (150, 200), "800 x 600, 6 tiles of 512 x 512 as published"),
+    ):
+        model, vae, _ = load_published(name, method=method)
+        out = NODES["TUDSRPlan"].execute(picture(1, *size), model, vae, 4.0, 0, 0, 128, 8, 1, published=True)
+        assert tiles in out.args[1], out.args[1]
+    first, _, vae, _ = embedded()
+    try:
+        NODES["TUDSRPlan"].execute(picture(1, 16, 16), first, vae, 4.0, 0, 0, 0, 128, 1, published=True)
+    except ValueError as error:
+        assert "this model has no published tiles" in str(error)
+    else:
+        raise AssertionError("accepted")
+
+
 def check_widget_defaults_are_the_librarys():
     options = part("tudsr_core.pipeline").UpscaleOptions()
     for name in ("TUDSRUpscale", "TUDSRStageOne", "TUDSRStageTwo"):
@@ -830,6 +847,7 @@ def check_widget_defaults_are_the_librarys():
             "color_fix": options.color_fix,
             "sample_posterior": options.sample_posterior,
             "seed": options.seed,
+            "published": options.published,
         }
         assert {key: defaults[key] for key in wanted} == wanted
 

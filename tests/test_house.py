@@ -13,7 +13,7 @@ CORE = ROOT / "tudsr_core"
 RANKS = [
     {"untrusted", "image", "schedule", "known_files", "vae_graph", "vae_planes", "vae_reach"},
     {"download", "files", "pickles", "tiles", "vae_layers"},
-    {"metadata", "raster"},
+    {"metadata", "methods", "raster"},
     {
         "color",
         "metrics",
@@ -21,7 +21,6 @@ RANKS = [
         "prompts",
         "vae_stream",
         "filter_bank",
-        "methods",
         "models.swin",
         "tensor_files",
         "models.unet_blocks",

@@ -215,6 +215,14 @@ def test_published_adapters_upscale_as_their_papers_say(published_base, name, op
     assert ours.std() > 0.05
 
 
+def test_published_tiles_follow_the_adapter_that_is_loaded(published_base):
+    base, files = published_base
+    for name, side in (("omgsr", 512), ("osediff", 768), ("pisa", 768)):
+        model = load_sd21(base, files[name].path, device="cpu")
+        plan = plan_for(model, (200, 250), Target(scale=4), UpscaleOptions(published=True))
+        assert f" tiles of {side} x {side} as published" in plan.describe()[1]
+
+
 def test_invsr_noise_is_tiled_seeded_and_independent_of_the_tile_batch(published_base):
     base, files = published_base
     model = load_sd21(base, files["invsr"].path, device="cpu", options=AdapterOptions(steps=3, prompt="a"))

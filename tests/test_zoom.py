@@ -107,6 +107,13 @@ def test_published_sizes_need_the_published_number_of_tiles():
         assert (len(plan.tiles), plan.calls) == (tiles, tiles * 50 * 2)
 
 
+def test_tiles_lie_evenly_or_at_every_stride():
+    facts = KnowingNetworks.facts
+    for spacing, lefts in (("even", (0, 18, 36)), ("stride", (0, 32, 36))):
+        plan = plan_zoom((200, 200), Target(scale=4), facts, ZoomOptions(spacing=spacing))
+        assert plan.tiles.lefts == plan.tiles.tops == lefts
+
+
 def test_the_seed_decides(noise):
     class Rough(KnowingNetworks):
         def denoise(self, z, t, condition, part, body):

@@ -116,6 +116,9 @@ def upscale(
     overlap: OverlapOption = None,
     tile_batch: TileBatchOption = None,
     window: WindowOption = None,
+    published: Annotated[
+        bool, typer.Option(help="Tiles as the method's own script has them: side, overlap, places, weights.")
+    ] = False,
     color_fix: ColorFixOption = None,
     sample_posterior: Annotated[bool, typer.Option(help="Draw latents instead of taking their mode.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of that draw.")] = None,
@@ -134,7 +137,10 @@ def upscale(
     if bits not in (None, 8, 16):
         raise ValueError(f"--bits {bits} is not possible; use 8 or 16")
     tiles = given(tile_px=tile, overlap_px=overlap, tile_batch=tile_batch, window=window)
-    options = UpscaleOptions(**tiles, **given(color_fix=color_fix, sample_posterior=sample_posterior, seed=seed))
+    if published and tiles.keys() - {"tile_batch"}:
+        raise ValueError("--published has its own tile, overlap and window; leave out --tile, --overlap and --window")
+    chosen = given(color_fix=color_fix, sample_posterior=sample_posterior, seed=seed, published=published)
+    options = UpscaleOptions(**tiles, **chosen)
     target = target_of(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
     use = AdapterOptions(method and method.value, timestep, steps, prompt, fidelity, detail, tokenizer)

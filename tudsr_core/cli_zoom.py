@@ -33,6 +33,7 @@ from .console import (
 )
 
 StartName = Enum("StartName", {name: name for name in ("picture", "noise")}, type=str)
+SpacingName = Enum("SpacingName", {name: name for name in ("even", "stride")}, type=str)
 
 
 def add_zoom_command(app: typer.Typer) -> None:
@@ -67,6 +68,10 @@ def zoom(
     seed: Annotated[int | None, typer.Option(help="Seed of all noise.")] = None,
     tile: Annotated[int | None, typer.Option(help="Tile side in pixels; what the model was trained at.")] = None,
     overlap: OverlapOption = None,
+    spacing: Annotated[
+        SpacingName | None,
+        typer.Option(help="Tiles spread evenly, or at every tile - overlap with the last one flush (stride)."),
+    ] = None,
     tile_batch: Annotated[int | None, typer.Option(help="Tiles computed at once on a GPU.")] = None,
     window: WindowOption = None,
     color_fix: ColorFixOption = None,
@@ -85,7 +90,7 @@ def zoom(
     from .zoom import ZoomOptions
 
     how = given(steps=steps, strength=strength, guidance=guidance, eta=eta, tile_batch=tile_batch, window=window)
-    chosen = given(tile_px=tile, overlap_px=overlap, seed=seed, start=start, color_fix=color_fix)
+    chosen = given(tile_px=tile, overlap_px=overlap, spacing=spacing, seed=seed, start=start, color_fix=color_fix)
     options = ZoomOptions(**chosen, sample=SampleOptions(**how))
     target = target_of(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)

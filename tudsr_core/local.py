@@ -288,6 +288,7 @@ def _adapted_stage(backbone: Backbone, adapter: Adapter, options: AdapterOptions
         prompt or "",
         tuple(networks) if len(networks) > 1 or networks[0][0] != 1 else (),
         _predictor(backbone, adapter) if adapter.predictor else None,
+        adapter.about,
     )
 
 

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .schedule import OneStep, euler, from_noise_level, residual
+
+if TYPE_CHECKING:
+    from .tiles import Window
 
 SD21, TURBO = "SD2.1-base", "SD-Turbo"
 
@@ -29,12 +33,26 @@ INVSR_PROMPT = (
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How a method's own script cuts the latent: square tiles at every `tile - overlap`, the last one flush.
+
+    `tile_px` and `overlap_px` are in pixels of the enlarged picture. A picture of no more area than one
+    tile is not cut, whatever its shape.
+    """
+
+    tile_px: int
+    overlap_px: int
+    window: Window
+
+
+@dataclass(frozen=True)
 class Method:
     """One published method.
 
     `formula(stage, count)` gives its steps. `prompt` is the fixed text it was trained with, None
     where each picture had its own tags. `alpha` is what its files leave out, None where they say
-    it or it equals the rank. `first_max` is the largest factor it was trained for in one go.
+    it or it equals the rank. `first_max` is the largest factor it was trained for in one go. `tiling`
+    is that of its authors' script at its defaults, None where it does not cut the latent.
     """
 
     title: str
@@ -44,6 +62,7 @@ class Method:
     alpha: float | None = None
     first_max: float = 4.0
     counts: tuple[int, ...] = (1,)
+    tiling: Tiling | None = None
 
     def steps(self, stage: int = 1, count: int = 1, timestep: int = 0) -> tuple[OneStep, ...]:
         """Return the steps of `stage` (1 or 2) in `count` evaluations; `timestep` above 0 replaces its own.
@@ -66,11 +85,16 @@ def _noise_level(*by_stage: int) -> Callable[[int, int], tuple[OneStep, ...]]:
     return lambda stage, count: (from_noise_level(by_stage[min(stage, len(by_stage)) - 1]),)
 
 
+# TUDSR's own script was not to be had; it is built on OMGSR, whose tiles it is taken to share.
+OMGSR_TILING = Tiling(512, 256, "published")
+
 METHODS: dict[str, Method] = {
-    "tudsr": Method("TUDSR", SD21, _noise_level(200, 50)),
-    "omgsr": Method("OMGSR", SD21, _noise_level(273)),
-    "osediff": Method("OSEDiff", SD21, _noise_level(999), prompt=None, alpha=8.0),
-    "pisa-sr": Method("PiSA-SR", SD21, lambda stage, count: (residual(1),), alpha=8.0),
+    "tudsr": Method("TUDSR", SD21, _noise_level(200, 50), tiling=OMGSR_TILING),
+    "omgsr": Method("OMGSR", SD21, _noise_level(273), tiling=OMGSR_TILING),
+    "osediff": Method("OSEDiff", SD21, _noise_level(999), prompt=None, alpha=8.0, tiling=Tiling(768, 256, "published")),
+    "pisa-sr": Method(
+        "PiSA-SR", SD21, lambda stage, count: (residual(1),), alpha=8.0, tiling=Tiling(768, 256, "centred")
+    ),
     "invsr": Method(
         "InvSR",
         TURBO,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .color import ColorFix, match_color
 from .image import join_alpha, pad_to_multiple, resize, split_alpha
+from .methods import Method, Tiling
 from .plan import NetworkFacts, StageLimits, StagePlan, Target, UpscalePlan, plan_upscale
 from .schedule import OneStep
 from .sweep import Sweep, fitting_batch
@@ -73,7 +74,7 @@ class Stage:
 
     `networks` encode and decode. eps = sum of w_j B_j over `branches` (PiSA-SR's dials); without
     any, `networks` alone predict it. `predictor` gives the noise of methods whose first step mixes
-    some in.
+    some in. `about` is the row of the method table, None for a model of no published method.
     """
 
     networks: Networks
@@ -82,6 +83,7 @@ class Stage:
     prompt: str = ""
     branches: tuple[tuple[float, Networks], ...] = ()
     predictor: NoisePredictor | None = None
+    about: Method | None = None
 
     @property
     def evaluations(self) -> int:
@@ -112,7 +114,8 @@ class UpscaleOptions:
     """How to run; none of these changes what the networks are.
 
     `tile_px` 0: the side that takes least computing, from 512 to 640. `tile_batch` 0: as many as fit
-    in free memory.
+    in free memory. `published`: as the method's own script does it; tile, overlap and window are then
+    the method's (`Method.tiling`), and those given here are not used.
     """
 
     tile_px: int = 0
@@ -122,10 +125,15 @@ class UpscaleOptions:
     color_fix: ColorFix = "wavelet"
     sample_posterior: bool = False
     seed: int = 0
+    published: bool = False
 
 
 def plan_for(model: Model, source: tuple[int, int], target: Target, options: UpscaleOptions) -> UpscalePlan:
-    """Return what `upscale` will do for a picture of `source = (height, width)`."""
+    """Return what `upscale` will do for a picture of `source = (height, width)`.
+
+    Raises ValueError for what cannot be planned, and for `published` where nothing was.
+    """
+    options, stages = _without_unused(options), (model.first, model.second or model.first)
     plan = plan_upscale(
         source,
         target,
@@ -134,10 +142,22 @@ def plan_for(model: Model, source: tuple[int, int], target: Target, options: Ups
         tile_px=options.tile_px,
         overlap_px=options.overlap_px,
         tile_batch=options.tile_batch,
-        evaluations=tuple(stage.evaluations for stage in (model.first, model.second or model.first)),
+        evaluations=tuple(stage.evaluations for stage in stages),
+        tilings=tuple(_published(stage) if options.published else None for stage in stages),
     )
     model.stages(len(plan.stages))
     return plan
+
+
+def _without_unused(options: UpscaleOptions) -> UpscaleOptions:
+    return replace(options, tile_px=0, overlap_px=0) if options.published else options
+
+
+def _published(stage: Stage) -> Tiling:
+    if stage.about is None or stage.about.tiling is None:
+        name = stage.about.title if stage.about else "this model"
+        raise ValueError(f"{name} has no published tiles of the latent; turn 'published' off")
+    return stage.about.tiling
 
 
 def count_ticks(model: Model, plan: UpscalePlan, batch: int = 1) -> int:
@@ -159,7 +179,7 @@ def upscale(
     All pictures pass stage one before any passes stage two, so that adapters are switched once.
     Raises ValueError for wrong shapes, non-finite pixels, or a target that cannot be planned.
     """
-    options = options or UpscaleOptions()
+    options = _without_unused(options or UpscaleOptions())
     check_image(image)
     color, alpha = split_alpha(image.float())
     plan = plan_for(model, tuple(color.shape[-2:]), target, options)
@@ -232,7 +252,8 @@ def _run_stage(
 def _plan_sweep(part: StagePlan, facts: NetworkFacts, options: UpscaleOptions, progress: Progress) -> Sweep:
     """Return the stage's tiles, or smaller ones if memory has run out since the plan was made."""
     scale, unit = facts.latent_scale, facts.multiple // facts.latent_scale
-    sweep = Sweep(part.tiles, options.window, options.tile_batch, unit, scale, progress.expect)
+    window = part.tiling.window if part.tiling else options.window
+    sweep = Sweep(part.tiles, window, options.tile_batch, unit, scale, progress.expect)
     side = options.tile_px // scale
     if 0 < side < max(part.tiles.tile_height, part.tiles.tile_width):
         sweep.tiles = plan_tiles(part.tiles.height, part.tiles.width, side, options.overlap_px // scale, multiple=unit)

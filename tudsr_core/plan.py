@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from .methods import Tiling
 from .tiles import TilePlan, plan_tiles
 
 MAX_FACTOR = 64.0
@@ -132,7 +133,8 @@ class NetworkFacts:
 class StagePlan:
     """One stage: the factor, the size it makes, the padded size it computes on, and its tiles.
 
-    `evaluations` is how often a network sees each tile.
+    `evaluations` is how often a network sees each tile. `tiling` is set where the tiles are those of
+    the method's own script.
     """
 
     number: int
@@ -141,6 +143,7 @@ class StagePlan:
     padded: Size
     tiles: TilePlan
     evaluations: int = 1
+    tiling: Tiling | None = None
 
     @property
     def calls(self) -> int:
@@ -152,6 +155,7 @@ class StagePlan:
         scale = self.padded[0] // self.tiles.height
         tile = f"{self.tiles.tile_width * scale} x {self.tiles.tile_height * scale}"
         tiles = f"{len(self.tiles)} tiles of {tile}" if len(self.tiles) > 1 else "one tile"
+        tiles += " as published" if self.tiling else ""
         times = f", {self.evaluations} evaluations each" if self.evaluations > 1 else ""
         return f"stage {self.number}: x{self.factor:g} to {self.size[1]} x {self.size[0]}, {tiles}{times}"
 
@@ -193,12 +197,14 @@ def plan_upscale(
     overlap_px: int = 128,
     tile_batch: int = 0,
     evaluations: tuple[int, int] = (1, 1),
+    tilings: tuple[Tiling | None, Tiling | None] = (None, None),
 ) -> UpscalePlan:
     """Plan the enlargement of one picture of `source = (height, width)`.
 
     `tile_px` and `overlap_px` are in pixels of the stage's output and multiples of the model's
-    multiple; `tile_px` 0 leaves the side to `fit_tile`. `evaluations` are per tile, in stage one and
-    in the later ones. Raises ValueError as `Target.size_for` and `plan_tiles` do.
+    multiple; `tile_px` 0 leaves the side to `fit_tile`. `evaluations` are per tile, `tilings` take the
+    place of tile and overlap, in stage one and in the later ones. Raises ValueError as
+    `Target.size_for` and `plan_tiles` do.
     """
     if min(source) < 1:
         raise ValueError(f"picture is {source[1]} x {source[0]}; both sides must be at least 1")
@@ -211,8 +217,10 @@ def plan_upscale(
         done *= stage_factor
         last = number == len(factors)
         made = size if last else tuple(max(1, round(side * done)) for side in source)
-        stage = _plan_stage(number, stage_factor, made, facts, tile_px, overlap_px)
-        stages.append(replace(stage, evaluations=evaluations[number > 1]))
+        padded = tuple(-(-side // facts.multiple) * facts.multiple for side in made)
+        later, tiling = number > 1, tilings[number > 1]
+        tiles = _published_tiles(padded, tiling, facts) if tiling else _tiles(padded, tile_px, overlap_px, facts)
+        stages.append(StagePlan(number, stage_factor, made, padded, tiles, evaluations[later], tiling))
     tile = max(s.tiles.tile_height * s.tiles.tile_width for s in stages) * facts.latent_scale**2
     pixels = max(stage.padded[0] * stage.padded[1] for stage in stages)
     activations = max(tile * max(1, tile_batch) * facts.tile_bytes_per_pixel, pixels * facts.picture_bytes_per_pixel)
@@ -270,9 +278,17 @@ def _cut(padded: Size, tile: Size, overlap_px: int, facts: NetworkFacts) -> Tile
     return plan_tiles(height // scale, width // scale, sides, overlap_px // scale, multiple=facts.multiple // scale)
 
 
-def _plan_stage(
-    number: int, factor: float, size: Size, facts: NetworkFacts, tile_px: int, overlap_px: int
-) -> StagePlan:
-    padded = tuple(-(-side // facts.multiple) * facts.multiple for side in size)
+def _tiles(padded: Size, tile_px: int, overlap_px: int, facts: NetworkFacts) -> TilePlan:
     tile = (tile_px, tile_px) if tile_px else fit_tile(padded, overlap_px, facts)
-    return StagePlan(number, factor, size, padded, _cut(padded, tile, overlap_px, facts))
+    return _cut(padded, tile, overlap_px, facts)
+
+
+def _published_tiles(padded: Size, tiling: Tiling, facts: NetworkFacts) -> TilePlan:
+    """Return the tiles of a method's own script: none by area, else squares no larger than the shorter side."""
+    height, width = (side // facts.latent_scale for side in padded)
+    tile, overlap = tiling.tile_px // facts.latent_scale, tiling.overlap_px // facts.latent_scale
+    if height * width <= tile**2:
+        return plan_tiles(height, width, (height, width), 0)
+    side = min(tile, height, width)
+    # The scripts never end where the shorter side is not above the overlap; half the tile ends.
+    return plan_tiles(height, width, side, overlap if overlap < side else side // 2, spacing="stride")

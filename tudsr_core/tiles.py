@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Window = Literal["gaussian", "uniform", "published"]
+Window = Literal["gaussian", "uniform", "published", "centred"]
 Spacing = Literal["even", "stride"]
 
 PUBLISHED_STD = 0.1  # of the tile's side: variance 0.01 in OMGSR, OSEDiff, PiSA-SR
@@ -178,7 +178,7 @@ def window(size: int, overlap: int, kind: Window = "gaussian", axis: Literal["x"
     ends there has about 2 % of the weight; smooth whatever the overlap.
     "uniform": MultiDiffusion's plain average (Bar-Tal et al. 2023, eq. 5).
     "published": std of a tenth of the tile, and half a pixel off centre along y, as OMGSR and
-    OSEDiff have it; kept to reproduce their pictures.
+    OSEDiff have it. "centred": the same in the middle of both axes, as PiSA-SR has it.
     """
     if kind == "uniform":
         return torch.ones(size, dtype=torch.float64)
@@ -186,9 +186,10 @@ def window(size: int, overlap: int, kind: Window = "gaussian", axis: Literal["x"
         # Below a twelfth of the side the border weights would underflow.
         std = max(size / 12, max(0.0, (size - overlap) * overlap / 8) ** 0.5)
         return gaussian(size, std, (size - 1) / 2)
-    if kind == "published":
-        return gaussian(size, PUBLISHED_STD * size, size / 2 if axis == "y" else (size - 1) / 2)
-    raise ValueError(f"window is {kind!r}; use 'gaussian', 'uniform' or 'published'")
+    if kind in ("published", "centred"):
+        off = kind == "published" and axis == "y"
+        return gaussian(size, PUBLISHED_STD * size, size / 2 if off else (size - 1) / 2)
+    raise ValueError(f"window is {kind!r}; use one of: {', '.join(get_args(Window))}")
 
 
 def gaussian(size: int, std: float, center: float) -> Tensor:

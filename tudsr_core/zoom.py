@@ -22,7 +22,7 @@ from .pipeline import Progress, Tick, check_image
 from .plan import NetworkFacts, Size, Target, check_tiles
 from .prompts import Style, TilePrompter, TilePrompts, cut_tiles, describe
 from .sampling import SampleOptions, TextNetworks, TilePair, count_calls, draw, noised, sample
-from .tiles import TilePlan, plan_tiles
+from .tiles import Spacing, TilePlan, plan_tiles
 from .untrusted import check_text, parse_json, read_text
 
 PromptSource = Callable[[Tensor, "ZoomPlan", "Tick | None"], list[TilePair]]
@@ -33,7 +33,10 @@ Start = Literal["picture", "noise"]
 
 @dataclass(frozen=True)
 class ZoomOptions:
-    """How to run; `start` is the noised low-resolution latent ("picture") or pure noise."""
+    """How to run; `start` is the noised low-resolution latent ("picture") or pure noise.
+
+    `spacing` of the tiles is as in `plan_tiles`.
+    """
 
     tile_px: int = 512
     overlap_px: int = 256
@@ -41,6 +44,7 @@ class ZoomOptions:
     color_fix: ColorFix = "adain"
     seed: int = 0
     sample: SampleOptions = field(default_factory=SampleOptions)
+    spacing: Spacing = "even"
 
     def __post_init__(self) -> None:
         if self.start not in ("picture", "noise"):
@@ -86,6 +90,7 @@ def plan_zoom(source: Size, target: Target, facts: NetworkFacts, options: ZoomOp
         options.tile_px // scale,
         options.overlap_px // scale,
         multiple=facts.multiple // scale,
+        spacing=options.spacing,
     )
     return ZoomPlan(source, size, padded, tiles, count_calls(tiles, options.sample), options)
 
