@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.diffusers_convert
@@ -73,15 +74,33 @@ def apply_to_unet(model: Any, adapter: Adapter, name: str, strength: float) -> A
     return apply(model, adapter.detail, keys, name, "UNet", strength)
 
 
-def apply_to_vae(vae: Any, adapter: Adapter, name: str, strength: float) -> Any:
-    """Return `vae`, or a copy of it with the adapter's changes; raises CheckpointError if it is needed and absent."""
-    if not adapter.vae:
+VAE_KEY = "tudsr_vae"
+
+
+@dataclass(frozen=True)
+class VAEChange:
+    """What an adapter changes in the VAE; its MODEL carries it, and a VAE says which one it has."""
+
+    name: str
+    strength: float
+    patch: Patch = field(compare=False)
+
+
+def with_change(vae: Any, change: VAEChange | None) -> Any:
+    """Return `vae` with `change` instead of the change it has; both may be None.
+
+    So one VAE serves stages whose adapters change it differently: its weights are shared, ComfyUI
+    switches the patches. Raises CheckpointError for a change that does not fit.
+    """
+    present, plain = vae.patcher.get_attachment(VAE_KEY) or (None, vae)
+    if change == present:
         return vae
-    if vae is None:
-        raise CheckpointError(f"adapter {name!r} also changes the VAE encoder; connect the VAE to this node")
-    result = copy.copy(vae)
-    paths = [*adapter.vae.weights, *(f"{path}.weight" for path in adapter.vae.lows)]
-    result.patcher = apply(vae.patcher, adapter.vae, vae_keys(vae, paths), name, "VAE", strength)
+    if change is None:
+        return plain
+    paths = [*change.patch.weights, *(f"{path}.weight" for path in change.patch.lows)]
+    result = copy.copy(plain)
+    result.patcher = apply(plain.patcher, change.patch, vae_keys(plain, paths), change.name, "VAE", change.strength)
+    result.patcher.set_attachments(VAE_KEY, (change, plain))
     return result
 
 

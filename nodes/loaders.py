@@ -15,7 +15,7 @@ from ..tudsr_core.known_files import where_to_get
 from ..tudsr_core.methods import METHODS
 from ..tudsr_core.tensor_files import SUFFIXES, CheckpointError
 from ..tudsr_core.untrusted import shown
-from .adapters import ManagedPredictor, apply, apply_to_unet, apply_to_vae, low_patches, unet_keys
+from .adapters import ManagedPredictor, VAEChange, apply, apply_to_unet, low_patches, unet_keys, with_change
 from .embedded import UNET_PREFIX, build
 from .model_files import find_below, list_below, model_roots
 from .stages import StageFacts, attach
@@ -161,7 +161,8 @@ class LoadAdapter(io.ComfyNode):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Needed when the adapter also changes the VAE encoder (OMGSR and OSEDiff do).",
+                    tooltip="Comes out with the adapter's changes (OMGSR and OSEDiff change the encoder), for Exact "
+                    "Tiled VAE and stock nodes. TUDSR's own upscalers make these changes themselves, for each stage.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -218,10 +219,12 @@ class LoadAdapter(io.ComfyNode):
                 (weight, {} if full else removed, -strength) for weight, full in loaded.dials(fidelity, detail)
             ),
             predictor=ManagedPredictor(loaded) if loaded.predictor else None,
+            vae=VAEChange(adapter, strength, loaded.vae) if loaded.vae else None,
         )
         facts.steps_for(loaded.stage or 1)  # a number of steps the method does not know fails here
         result = attach(apply_to_unet(model, loaded, adapter, strength), facts)
-        return io.NodeOutput(result, apply_to_vae(vae, loaded, adapter, strength), _prompt(clip, loaded.method))
+        changed = _blocked("VAE", "it with the adapter's changes") if vae is None else with_change(vae, facts.vae)
+        return io.NodeOutput(result, changed, _prompt(clip, loaded.method))
 
 
 def _stage_number(stage: str) -> int | None:
@@ -230,10 +233,15 @@ def _stage_number(stage: str) -> int | None:
     return STAGES[stage]
 
 
+def _blocked(socket: str, what: str) -> ExecutionBlocker:
+    """Return what stops the node that asks for an output whose input is not connected."""
+    return ExecutionBlocker(f"connect the checkpoint's {socket} to Load TUDSR Adapter to get {what}")
+
+
 def _prompt(clip: Any, method: str) -> Any:
     """Return the CONDITIONING of the method's prompt, or what stops the node that asks for it without a CLIP."""
     if clip is None:
-        return ExecutionBlocker("connect the checkpoint's CLIP to Load TUDSR Adapter to get its prompt")
+        return _blocked("CLIP", "its prompt")
     text = METHODS[method].prompt
     if text is None:
         log.warning(

@@ -13,6 +13,7 @@ from ..tudsr_core.methods import METHODS, Method
 from ..tudsr_core.pipeline import Model, NoisePredictor, Stage
 from ..tudsr_core.plan import StageLimits
 from ..tudsr_core.schedule import OneStep, scaled_linear
+from .adapters import VAEChange, with_change
 from .backend import ComfyNetworks
 from .tile_text import TileTexts
 
@@ -28,6 +29,7 @@ class StageFacts:
     `method`: None for a model of no published method, which then has `steps`. `steps`: the file's own
     formula, None for the method's, in `count` evaluations. `branches`:
     `(w_j, patches, strength)` per branch of eps = sum of w_j B_j, the patches to add to MODEL for it.
+    `vae`: the adapter's own changes of the VAE.
     """
 
     name: str
@@ -38,6 +40,7 @@ class StageFacts:
     limits: StageLimits = field(default_factory=StageLimits)
     branches: tuple[tuple[float, dict[str, Any], float], ...] = ((1.0, {}, 0.0),)
     predictor: NoisePredictor | None = None
+    vae: VAEChange | None = None
 
     @property
     def about(self) -> Method | None:
@@ -93,6 +96,8 @@ def build_stage(
     `conditioning` is None for a stage that is only planned.
     `tile_prompts` (TilePrompts), encoded by `clip`, take the place of `conditioning` where the method
     was trained with a text per picture, and are ignored with a word where it was not.
+    `vae` may be the checkpoint's or that of any adapter's loader: this stage gets it with the changes of its
+    own adapter and no other's.
 
     Raises ValueError for a MODEL without an adapter or with one of the other stage, for models that do
     not predict eps on Stable Diffusion's schedule, for a VAE or CONDITIONING of another model, and for
@@ -107,6 +112,7 @@ def build_stage(
     steps = facts.steps_for(number, timestep)
     _check_model(model, steps)
     _check_companions(model, vae, conditioning)
+    vae = with_change(vae, facts.vae) if facts_of(model) else vae
     texts = _texts(facts, tile_prompts, clip)
     networks = [
         (weight, ComfyNetworks(_with(model, patches, strength), vae, conditioning, texts))

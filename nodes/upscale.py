@@ -72,6 +72,13 @@ def timestep_input(trained: int) -> io.Int.Input:
     )
 
 
+def vae_input() -> io.Vae.Input:
+    """Return the autoencoder that all stages share."""
+    return io.Vae.Input(
+        "vae", tooltip="The VAE of the model. Each stage sees it with the changes of its own adapter, if it has any."
+    )
+
+
 def conditioning_input() -> io.Conditioning.Input:
     """Return the text input that every stage needs."""
     return io.Conditioning.Input(
@@ -166,7 +173,7 @@ class Upscale(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="One or more pictures."),
                 io.Model.Input("stage_one", tooltip=MODEL_TIP.format("one")),
-                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                vae_input(),
                 conditioning_input(),
                 *target_inputs(),
                 *shared_inputs(),
@@ -216,7 +223,7 @@ class StageOne(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="One or more pictures."),
                 io.Model.Input("model", tooltip=MODEL_TIP.format("one")),
-                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                vae_input(),
                 conditioning_input(),
                 io.Float.Input(
                     "factor",
@@ -256,7 +263,7 @@ class StageTwo(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The result of TUDSR Stage One (colour fix none)."),
                 io.Model.Input("model", tooltip=MODEL_TIP.format("two")),
-                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                vae_input(),
                 conditioning_input(),
                 io.Float.Input("factor", default=2.0, min=1.0, max=4.0, step=0.5, tooltip="Factor N; 2 as trained."),
                 timestep_input(50),

@@ -404,9 +404,8 @@ class FoldVAE:
     first_stage_model = torch.nn.Sequential(torch.nn.GroupNorm(1, 1))
 
     class patcher:
-        @staticmethod
-        def model_size():
-            return 0
+        model_size = staticmethod(lambda: 0)
+        get_attachment = staticmethod(lambda key: None)
 
     def spacial_compression_encode(self):
         return 8
@@ -505,6 +504,36 @@ def check_every_published_adapter_equals_peft_through_comfyui():
             assert error < 2e-5 * max(1, wanted(f"{name}.latent").abs().max()), (name, float(error))
             assert (vae.encode((pixels / 2 + 0.5).movedim(1, -1)) - latent).abs().max() > 1e-2
     assert torch.equal(comfy_eps(base, 200), plain)
+
+
+def check_each_stage_has_its_adapters_vae_as_on_the_command_line():
+    """Two adapters that change the VAE encoder differently, however the VAE is wired, against the library's picture."""
+    base, vae = published_model()
+    words = [[load_file(PUBLISHED / "inputs.safetensors")["text"][:1], {}]]
+    image = picture(1, 24, 32)
+    (first, vae_one, _), (second, vae_two, _) = (
+        load_published(name, base, vae, stage) for name, stage in (("omgsr", "one"), ("second", "two"))
+    )
+    for one in (vae, vae_one, vae_two):
+        made = upscale(4, image, (first, second, one, words), tile=0, overlap=128).args[0]
+        error = (made - wanted("two stages").movedim(1, -1)).abs()
+        assert error.max() < 1e-3, (float(error.max()), float(error.mean()))
+
+
+def check_the_adapters_vae_is_found_where_it_is_needed():
+    base, vae = published_model()
+    first, vae_one, _ = load_published("omgsr", base, vae)
+    change, adapters = part("nodes.stages").facts_of(first).vae, part("nodes.adapters")
+    assert adapters.with_change(vae_one, change) is vae_one and adapters.with_change(vae_one, None) is vae
+    again = adapters.with_change(vae, change)
+    pixels = (load_file(PUBLISHED / "inputs.safetensors")["pixels"] / 2 + 0.5).movedim(1, -1)
+    assert torch.equal(again.encode(pixels), vae_one.encode(pixels))
+    assert part("nodes.stages").facts_of(load_published("pisa_sr", base, vae)[0]).vae is None
+    import folder_paths
+
+    folder_paths.add_model_folder_path("tudsr", str(PUBLISHED))
+    blocked = NODES["TUDSRLoadAdapter"].execute(base, "omgsr", "one", 1.0).args[1]
+    assert "VAE" in blocked.message and "Load TUDSR Adapter" in blocked.message
 
 
 def check_pisa_dials_through_comfyui():

@@ -81,14 +81,14 @@ def randomise(network: nn.Module, seed: int) -> None:
             parameter.data = torch.randn(parameter.shape, generator=generator) * (0.05 if "lora_B" in name else 0.2)
 
 
-def omgsr(folder: Path) -> Published:
+def omgsr(folder: Path, seed: int = 1) -> Published:
     """OMGSR and TUDSR: two peft folders, UNet and VAE encoder, alpha = rank."""
     unet, vae = networks()
     adapted = get_peft_model(unet, LoraConfig(r=6, lora_alpha=6, target_modules=OMGSR_TARGETS))
-    randomise(adapted, 1)
+    randomise(adapted, seed)
     adapted.save_pretrained(folder / "unet_lora_adapter")
     encoder = get_peft_model(vae.encoder, LoraConfig(r=3, lora_alpha=3, target_modules=OMGSR_TARGETS))
-    randomise(encoder, 2)
+    randomise(encoder, seed + 1)
     encoder.save_pretrained(folder / "vae_encoder_lora_adapter")
     return Published(folder, {"eps": eps_of(adapted, 273)}, latent_of(vae), adapted, vae)
 
@@ -244,6 +244,21 @@ def waves(height: int, width: int) -> Tensor:
     return torch.stack([(x * y / (i + 1)).sin() * 0.4 + 0.5 for i in range(3)])[None]
 
 
+def two_stages(one: Path, two: Path, image: Tensor) -> Tensor:
+    """Return the command line's picture of `image` `1 3 h w` at x4: two adapters on one base."""
+    from tudsr_core.checkpoints import read_adapter
+    from tudsr_core.local import AdapterOptions, Backbone, adapted_stage
+    from tudsr_core.pipeline import Model, UpscaleOptions, upscale
+    from tudsr_core.plan import StageLimits, Target
+
+    unet, vae = networks()
+    backbone = Backbone(vae, unet, lambda *texts: inputs()["text"][:1], torch.device("cpu"), torch.float32)
+    stages = [
+        adapted_stage(backbone, read_adapter(path, None, i), AdapterOptions()) for i, path in ((1, one), (2, two))
+    ]
+    return upscale(image, Model(*stages, StageLimits()), Target(scale=4), UpscaleOptions(color_fix="none"))
+
+
 def write_for_comfyui(folder: Path) -> Path:
     """Write every format, the base in the original checkpoints' layout, the inputs and the wanted outputs."""
     made, (unet, vae) = write_all(folder), networks()
@@ -256,5 +271,7 @@ def write_for_comfyui(folder: Path) -> Path:
     for timesteps in ((199,), (199, 99, 49)):
         picture = invsr_picture(unet, made["invsr"].path, timesteps, waves(24, 32), 5)
         wanted[f"invsr.{len(timesteps)}"] = picture
+    second = omgsr(folder / "second", seed=11).path
+    wanted["two stages"] = two_stages(made["omgsr"].path, second, waves(24, 32))
     save_file({key: value.contiguous() for key, value in wanted.items()}, folder / "wanted.safetensors")
     return folder

@@ -6,8 +6,10 @@ def to_ldm(unet, vae):
     tensors = {}
     for key, value in unet.state_dict().items():
         tensors["model.diffusion_model." + ldm_unet_name(key)] = value.contiguous()
-    for key, value in vae.state_dict().items():
-        name = ldm_vae_name(key)
+    weights = vae.state_dict()
+    levels = len({key.split(".")[2] for key in weights if key.startswith("decoder.up_blocks.")})
+    for key, value in weights.items():
+        name = ldm_vae_name(key, levels)
         if ".mid.attn_1." in name and name.endswith("weight") and "norm" not in name:
             value = value[..., None, None]
         tensors["first_stage_model." + name] = value.contiguous()
@@ -55,7 +57,7 @@ def ldm_unet_name(key):
     return ".".join([head, *rest])
 
 
-def ldm_vae_name(key):
+def ldm_vae_name(key, levels):
     for old, new in (
         ("conv_norm_out", "norm_out"),
         ("conv_shortcut", "nin_shortcut"),
@@ -71,6 +73,6 @@ def ldm_vae_name(key):
         ("resnets", "block"),
     ):
         key = key.replace(old, new)
-    for i in range(4):
-        key = key.replace(f"down_blocks.{i}", f"down.{i}").replace(f"up_blocks.{i}", f"up.{3 - i}")
+    for i in range(levels):
+        key = key.replace(f"down_blocks.{i}", f"down.{i}").replace(f"up_blocks.{i}", f"up.{levels - 1 - i}")
     return key

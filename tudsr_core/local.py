@@ -252,7 +252,7 @@ def load_sd21(
         adapters.append(read_adapter(stage_two, options.method, 2))
     vae, unet, embed = read_base(base, DTYPES[dtype], tokenizer=options.tokenizer)
     backbone = Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype])
-    stages = [_adapted_stage(backbone, adapter, options) for adapter in adapters]
+    stages = [adapted_stage(backbone, adapter, options) for adapter in adapters]
     if len(stages) == 2:
         return Model(*stages, StageLimits())
     backbone.vae_slot.keep = False
@@ -272,7 +272,8 @@ def load_sd2(base: Path, device: str = "auto", dtype: str = "fp32", tokenizer: P
     return LocalNetworks(backbone)
 
 
-def _adapted_stage(backbone: Backbone, adapter: Adapter, options: AdapterOptions) -> Stage:
+def adapted_stage(backbone: Backbone, adapter: Adapter, options: AdapterOptions) -> Stage:
+    """Return the stage that `adapter` says it is for, on weights that other stages share."""
     first = adapter.stage == 1
     prompt = adapter.about.prompt if options.prompt is None else options.prompt
     if prompt is None:

@@ -48,7 +48,8 @@ For invented detail use SD2.1 with TUDSR adapters (template 02).
 2. Put the stage adapters into `models/tudsr` and choose them.
 3. Leave the prompt empty: the adapters were trained so.
 
-Both stages share one set of weights; only the adapter changes.""",
+Both stages share one UNet and one VAE; only the adapter changes, in both (OMGSR's files
+change the VAE's encoder too). So the checkpoint's VAE is all the upscaler needs.""",
     "03-stage-one-then-stage-two": """## The two stages, one node each
 Look at what each stage does, or put something between them.
 The plan at the bottom shows the tiles before anything runs.
