@@ -18,7 +18,7 @@ class Clear(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", [name for name in COUNTS if (RUN.parent / f"{name}.py").is_file()])
+@pytest.mark.parametrize("name", COUNTS)
 def test_untrusted_input_gets_a_result_or_one_clear_line(name):
     command = [sys.executable, str(RUN), name]
     done = subprocess.run(

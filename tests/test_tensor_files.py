@@ -8,32 +8,10 @@ import zipfile
 
 import pytest
 import torch
+from fuzz.archives import Evil, good, header, index, rezip
 from safetensors.torch import save_file
 
 from tudsr_core.tensor_files import CheckpointError, read_file, stream, write_file
-
-
-class Evil:
-    """A pickle that would leave a file behind if it were run."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (eval, (f"open({str(self.mark)!r}, 'w')",))
-
-
-def rezip(source, target, change=lambda name, data: data, compression=zipfile.ZIP_STORED, extra=()):
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, change(entry.filename, old.read(entry)))
-        for name, data in extra:
-            new.writestr(name, data)
-
-
-def good(path):
-    torch.save({"state_dict": {"w": torch.arange(6.0), "half": torch.ones(2).half()}, "step": 3}, path)
-    return path
 
 
 def test_pickles_of_tensors_are_read(tmp_path):
@@ -80,11 +58,6 @@ def overlapping(path):
         archive.writestr("data/big", b"x" * 100_000)
         archive.filelist += [archive.getinfo("data/big")] * 5
         archive._didModify = True
-
-
-def index(path, data):
-    """An archive of torch.save whose index is `data`."""
-    rezip(good(path.with_suffix(".tmp")), path, lambda name, old: data if name.endswith("data.pkl") else old)
 
 
 def saved(value):
@@ -144,11 +117,6 @@ def test_hostile_and_damaged_pickles(tmp_path, make, says):
     with pytest.raises(CheckpointError, match=says) as caught:
         read_file(tmp_path / "bad.pkl")
     assert "bad.pkl" in str(caught.value)
-
-
-def header(path, entries, data=b""):
-    text = json.dumps(entries).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def test_texts_and_files_have_a_longest(tmp_path):
     assert check_text("x" * 10, "the prompt", 10)
     with pytest.raises(UntrustedError, match="the prompt has 11 characters, the limit is 10"):
         check_text("x" * 11, "the prompt", 10)
+    with pytest.raises(UntrustedError, match=r"the prompt holds half a character \(\\ud800\); type it again"):
+        check_text("a\ud800", "the prompt")
     with pytest.raises(UntrustedError, match="the prompt must be a text, not 3"):
         check_text(3, "the prompt")
     file = tmp_path / "x.txt"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MAX_PROMPT = 5_000  # characters of one prompt, of which CLIP reads some 300
 MAX_TEXT = 2**22  # characters of all texts of a picture's tiles
 MAX_LARGEST = 10**12  # of a number; sizes, timesteps and factors are all far below
 SHOWN = 120
+HALF = re.compile("[\ud800-\udfff]")
 
 
 class UntrustedError(ValueError):
@@ -116,11 +118,16 @@ def _walk(value: Any) -> Iterator[tuple[Any, int]]:
 
 
 def check_text(text: Any, what: str, longest: int = MAX_PROMPT) -> str:
-    """Return `text` if it is one of at most `longest` characters; raises UntrustedError naming `what`."""
+    """Return `text` if it is one of at most `longest` characters; raises UntrustedError naming `what`.
+
+    Halves of characters, which JSON can bring, are refused: no tokenizer and no file takes them.
+    """
     if not isinstance(text, str):
         raise UntrustedError(f"{what} must be a text, not {shown(text)}")
     if len(text) > longest:
         raise UntrustedError(f"{what} has {len(text):,} characters, the limit is {longest:,}; shorten it")
+    if half := HALF.search(text):
+        raise UntrustedError(f"{what} holds half a character ({shown(half[0])}); type it again")
     return text
 
 

@@ -23,9 +23,9 @@ from tudsr_core.plan import Target
 from tudsr_core.reading import read_picture
 
 from .case import Case
+from .damage import EXTREME, damage_head, flip_bits, grow, truncate
 
 CLEAR = (PictureError,)
-EXTREME = (0, 1, 2, 3, 5, 7, 127, 255, 256, 4096, 65535, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 TAGS = (256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 320, 322, 323, 338, 339, 340, 341, 530, 34675)
 FOLDER_EVERY = 25  # every so many cases, the damaged file lies in a folder between two whole ones
 
@@ -254,33 +254,6 @@ def run_length_bmp() -> bytes:
     """Return a run-length coded BMP whose skips cover gigabytes."""
     header = struct.pack("<IiiHHIIiiII", 40, 40_000_000, 2, 1, 8, 1, 400, 0, 0, 0, 0)
     return struct.pack("<2sIHHI", b"BM", 2000, 0, 0, 14 + 40 + 1024) + header + bytes(1024) + b"\0\x02\xff\xff" * 100
-
-
-def flip_bits(rng: random.Random, data: bytearray) -> bytearray:
-    """Flip one to many bits anywhere."""
-    for _ in range(rng.choice((1, 2, 8, 64))):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    return data
-
-
-def damage_head(rng: random.Random, data: bytearray) -> bytearray:
-    """Overwrite bytes of the header only."""
-    for _ in range(rng.randint(1, 4)):
-        data[rng.randrange(min(len(data), 80))] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
-    return data
-
-
-def truncate(rng: random.Random, data: bytearray) -> bytearray:
-    """Cut the end off, or a piece out of the middle."""
-    at = rng.randrange(1, len(data))
-    return data[:at] if rng.random() < 0.5 else data[:at] + data[at + rng.randint(1, 64) :]
-
-
-def grow(rng: random.Random, data: bytearray) -> bytearray:
-    """Repeat a piece, or put noise in."""
-    at = rng.randrange(2, len(data))
-    piece = data[at : at + rng.randint(1, 200)] * rng.randint(1, 50) if rng.random() < 0.5 else rng.randbytes(50)
-    return data[:at] + piece + data[at:]
 
 
 def extreme_number(rng: random.Random, data: bytearray) -> bytearray:
