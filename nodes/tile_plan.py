@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..tudsr_core.image import resize
+from ..tudsr_core.plan import MAX_FACTOR, MAX_PIXELS
 from ..tudsr_core.prompts import cut_tiles
 from ..tudsr_core.tiles import TilePlan, plan_tiles
 from .images import rgb
@@ -38,9 +39,13 @@ def latent_size(image, latent, scale: float, width: int, height: int) -> tuple[i
     if image is None and not (width and height):
         raise ValueError("Tile Plan needs a size: connect image or latent, or set width and height")
     if image is not None:
+        if not 0 < scale <= MAX_FACTOR:
+            raise ValueError(f"scale {scale:g} is not possible; use a factor up to {MAX_FACTOR:g}")
         width, height = width or round(image.shape[2] * scale), height or round(image.shape[1] * scale)
     if min(width, height) < LATENT_PX:
         raise ValueError(f"{width} x {height} is smaller than one latent ({LATENT_PX} px)")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} has more than {MAX_PIXELS:,} pixels; plan a smaller picture")
     return height // LATENT_PX, width // LATENT_PX
 
 

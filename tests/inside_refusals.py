@@ -171,5 +171,13 @@ def check_a_merged_checkpoint_runs_at_the_timestep_that_is_given():
     assert len(NODES["TUDSROneStepSigmas"].execute(model, 200).args[0]) == 2
 
 
+def check_plans_without_end_are_refused():
+    plan, image = NODES["TUDSRTilePlan"].execute, picture(1, 8, 8)
+    for scale in (float("inf"), float("nan"), 1e9, 0.0, -1.0):
+        refused(lambda scale=scale: plan(scale, 0, 0, 64, 16, "even", 1, image), "scale", "is not possible")
+    refused(lambda: plan(1.0, 65536, 65536, 512, 128, "even", 1), "more than 1,073,741,824 pixels")
+    refused(lambda: plan(1.0, 32768, 32768, 64, 56, "even", 1), "16,719,921 tiles", "raise the tile")
+
+
 if __name__ == "__main__":
     base.main(globals())

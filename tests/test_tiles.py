@@ -139,3 +139,9 @@ def test_canvas_refuses_a_tile_of_another_shape(noise):
 def test_batches_keep_reading_order():
     plan = plan_tiles(40, 40, 16, 4)
     assert [box.index for batch in plan.batches(4) for box in batch] == list(range(len(plan)))
+
+
+def test_plans_of_millions_of_tiles_are_refused():
+    assert len(plan_tiles(4096, 4096, 64, 32)) == 127**2
+    with pytest.raises(ValueError, match="16,719,921 tiles, the limit is 262,144; raise the tile"):
+        plan_tiles(4096, 4096, 8, 7)

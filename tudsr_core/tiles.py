@@ -17,6 +17,7 @@ from torch import Tensor
 Window = Literal["gaussian", "uniform", "published", "centred"]
 Spacing = Literal["even", "stride"]
 
+MAX_TILES = 2**18  # all are listed and drawn; 2**30 pixels are 16,129 tiles of 512 px that overlap by half
 PUBLISHED_STD = 0.1  # of the tile's side: variance 0.01 in OMGSR, OSEDiff, PiSA-SR
 
 
@@ -129,7 +130,7 @@ def plan_tiles(
     the tiles evenly (no thin last column); "stride" puts them at `i (tile - overlap)` with the
     last one flush, as OMGSR, OSEDiff and PiSA-SR do.
 
-    Raises ValueError for sides below 1 or an overlap that leaves no stride.
+    Raises ValueError for sides below 1, an overlap that leaves no stride, or more than MAX_TILES tiles.
     """
     if min(height, width) < 1:
         raise ValueError(f"cannot tile {width} x {height}; both sides must be at least 1")
@@ -142,7 +143,12 @@ def plan_tiles(
     tops, lefts = (
         _offsets(length, side, overlap, multiple, spacing) for length, side in zip((height, width), sides, strict=True)
     )
-    return TilePlan(height, width, *sides, overlap, tops, lefts)
+    plan = TilePlan(height, width, *sides, overlap, tops, lefts)
+    if len(plan) > MAX_TILES:
+        raise ValueError(
+            f"that would be {len(plan):,} tiles, the limit is {MAX_TILES:,}; raise the tile or lower the overlap"
+        )
+    return plan
 
 
 def _most_shared(offsets: tuple[int, ...], side: int, length: int, start: int, other: int, other_length: int) -> int:
