@@ -65,3 +65,16 @@ def test_other_folders_and_pickled_weights_are_refused(blip, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llava"}), encoding="utf-8")
     assert caption_kind(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"text_config": 3}, {"vision_config": [1]}, {"text_config": {"hidden_size": "x\x1b"}}]
+)
+def test_settings_of_wrong_types_are_one_line(blip, tmp_path, wrong):
+    for file in blip.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong), encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot be loaded by transformers") as caught:
+        CaptionPrompter(tmp_path).describe([torch.rand(3, 8, 8)], lambda *at: None)
+    assert str(caught.value).isprintable() and str(tmp_path) in str(caught.value)

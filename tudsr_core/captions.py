@@ -55,9 +55,10 @@ class CaptionPrompter:
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(self.folder, **safe)
             self.model = getattr(transformers, name).from_pretrained(self.folder, use_safetensors=True, **safe)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{self.folder} cannot be loaded by transformers {transformers.__version__}: {error}. "
+        except Exception as error:  # whatever transformers makes of settings that cannot be
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UntrustedError(
+                f"{self.folder} cannot be loaded by transformers {transformers.__version__}: {reason}. "
                 "It needs safetensors weights in transformers' own layout (for Florence-2: florence-community)"
             ) from error
         self.model.eval().requires_grad_(False)
