@@ -78,3 +78,14 @@ def test_settings_of_wrong_types_are_one_line(blip, tmp_path, wrong):
     with pytest.raises(ValueError, match="cannot be loaded by transformers") as caught:
         CaptionPrompter(tmp_path).describe([torch.rand(3, 8, 8)], lambda *at: None)
     assert str(caught.value).isprintable() and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_settings_of_a_million_layers_are_refused(blip, tmp_path, part):
+    config = json.loads((blip / "config.json").read_text("utf-8"))
+    config[part]["num_hidden_layers"] = 10**6
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="config.json: num_hidden_layers has too many layers, no captioner has over 500"
+    ):
+        CaptionPrompter(tmp_path).describe([torch.rand(3, 8, 8)], lambda *at: None)

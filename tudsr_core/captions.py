@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .prompts import Tick, TilePrompt, content_key
-from .untrusted import Fields, UntrustedError, parse_json, read_text
+from .untrusted import MAX_LAYERS, Fields, UntrustedError, parse_json, read_text, shown
 
 BLIP, FLORENCE = "blip", "florence2"
 MAX_NEW_TOKENS = 48
@@ -24,6 +24,20 @@ def caption_kind(folder: Path) -> str | None:
     except UntrustedError:
         return None
     return kind if kind in (BLIP, FLORENCE) else None
+
+
+def _check_layers(path: Path) -> None:
+    """Raise UntrustedError for a configuration of more layers than any captioner has: they are built before a look."""
+    waiting = [parse_json(read_text(path), str(path))]
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif "layers" in name or name == "depths":
+                if sum(x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)) > MAX_LAYERS:
+                    raise UntrustedError(
+                        f"{path}: {shown(name)} has too many layers, no captioner has over {MAX_LAYERS}"
+                    )
 
 
 class CaptionPrompter:
@@ -51,6 +65,7 @@ class CaptionPrompter:
         if not hasattr(transformers, name):
             raise ValueError(f"transformers {transformers.__version__} has no {name}; update it")
         transformers.utils.logging.disable_progress_bar()
+        _check_layers(self.folder / "config.json")
         safe = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(self.folder, **safe)
