@@ -76,7 +76,7 @@ def run_stage(method: str, px: int, args: argparse.Namespace) -> tuple[Callable,
 
     def ours(picture: Tensor) -> Tensor:
         alone = replace(model, second=None, limits=StageLimits(single_up_to=2))
-        return upscale(picture, alone, Target(scale=2), UpscaleOptions(color_fix="none"))
+        return upscale(picture, alone, Target(scale=2), UpscaleOptions(color_fix="none", native_size=False))
 
     run = ours if method == "ours" else spelled_out
     return lambda: run(image), lambda: run(image[..., :32, :32])

@@ -17,7 +17,7 @@ from ..tudsr_core.tiles import TilePlan
 from .images import rgb
 from .stages import build_stage, combine
 from .tiles import CATEGORY, DEFAULTS, tile_inputs
-from .upscale import MODEL_TIP, published_input, target_from, target_inputs
+from .upscale import MODEL_TIP, native_size_input, published_input, target_from, target_inputs
 
 
 class Plan(io.ComfyNode):
@@ -41,6 +41,7 @@ class Plan(io.ComfyNode):
                 overlap,
                 tile_batch,
                 published_input(),
+                native_size_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="The picture with the last stage's tiles."),
@@ -52,10 +53,22 @@ class Plan(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image, stage_one, vae, scale, width, height, tile, overlap, tile_batch, published=False
+        cls,
+        image,
+        stage_one,
+        vae,
+        scale,
+        width,
+        height,
+        tile,
+        overlap,
+        tile_batch,
+        published=DEFAULTS.published,
+        native_size=DEFAULTS.native_size,
     ) -> io.NodeOutput:
         stage = build_stage(stage_one, vae, None, 1, 0)
-        options = replace(DEFAULTS, tile_px=tile, overlap_px=overlap, tile_batch=tile_batch, published=published)
+        tiles = {"tile_px": tile, "overlap_px": overlap, "tile_batch": tile_batch}
+        options = replace(DEFAULTS, **tiles, published=published, native_size=native_size)
         model = combine(stage, stage)
         pixels = rgb(image)
         plan = plan_for(model, tuple(pixels.shape[-2:]), target_from(scale, width, height), options)

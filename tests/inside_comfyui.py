@@ -430,7 +430,7 @@ def check_out_of_memory_gives_the_same_picture_with_smaller_tiles():
         model.model.diffusion_model.fail_at = fail_at
         stage = stages.build_stage(model, FoldVAE(), text(0.1), 1, 200)
         alone = stages.combine(stage, None, plan.StageLimits(single_up_to=4))
-        options = pipeline.UpscaleOptions(128, 32, color_fix="none")
+        options = pipeline.UpscaleOptions(128, 32, color_fix="none", native_size=False)
         outs.append(pipeline.upscale(image, alone, plan.Target(scale=4), options))
         sizes = {shape[-1] for shape in model.model.diffusion_model.calls}
         assert sizes == ({16} if fail_at is None else {16, 8}), sizes
@@ -447,7 +447,7 @@ def check_control_acts_in_the_upscaler():
         seen.clear()
         stage = stages.build_stage(stub_model(True), FoldVAE(), text(0.1, control=control), 1, 200)
         alone = stages.combine(stage, None, plan.StageLimits(single_up_to=4))
-        options = pipeline.UpscaleOptions(tile, 16, color_fix="none")
+        options = pipeline.UpscaleOptions(tile, 16, color_fix="none", native_size=False)
         outs.append(pipeline.upscale(image, alone, plan.Target(scale=4), options))
         assert len(seen) == (9 if tile == 64 else 1), len(seen)
     assert (outs[0] - outs[1]).abs().max() < 1e-5
@@ -515,7 +515,7 @@ def check_each_stage_has_its_adapters_vae_as_on_the_command_line():
         load_published(name, base, vae, stage) for name, stage in (("omgsr", "one"), ("second", "two"))
     )
     for one in (vae, vae_one, vae_two):
-        made = upscale(4, image, (first, second, one, words), tile=0, overlap=128).args[0]
+        made = upscale(4, image, (first, second, one, words), tile=0, overlap=128, native_size=False).args[0]
         error = (made - wanted("two stages").movedim(1, -1)).abs()
         assert error.max() < 1e-3, (float(error.max()), float(error.mean()))
 
@@ -607,7 +607,7 @@ def check_invsr_equals_its_formulas_written_out():
         stage = stages.build_stage(model, FoldVAE(), [[given["text"][:1], {}]], 1, 0)
         assert [step.t for step in stage.steps] == ([199] if count == 1 else [199, 99, 49])
         alone = stages.combine(stage, None, plan.StageLimits(single_up_to=4))
-        options = pipeline.UpscaleOptions(color_fix="none", seed=5)
+        options = pipeline.UpscaleOptions(color_fix="none", seed=5, native_size=False)
         made = pipeline.upscale(image, alone, plan.Target(scale=4), options)
         theirs = wanted(f"invsr.{count}")
         assert (made - theirs).abs().max() < 1e-4, (count, float((made - theirs).abs().max()))
@@ -864,6 +864,26 @@ def check_plan_shows_the_tiles_of_the_methods_own_script():
         raise AssertionError("accepted")
 
 
+def check_small_pictures_are_enlarged_to_the_native_size_first():
+    model, image, mask = stub_model(True), picture(1, 44, 60), torch.zeros(1, 44, 60)
+    mask[:, :, 30:] = 1
+    run = NODES["TUDSRStageOne"].execute
+    made, alpha = run(image, model, FoldVAE(), text(0.1), 4.0, 200, mask=mask, **OPTIONS).args
+    assert {shape[-2:] for shape in model.model.diffusion_model.calls} == {(16, 16)}
+    assert len(model.model.diffusion_model.calls) == 5 * 7, len(model.model.diffusion_model.calls)
+    assert made.shape == (1, 176, 240, 3) and alpha[0, 80, 60] < 0.01 and alpha[0, 80, 200] > 0.99
+    resize = part("tudsr_core.image").resize
+    large = resize(image.movedim(-1, 1), (128, 174)).clamp(0, 1).movedim(1, -1)
+    wanted = run(large, model, FoldVAE(), text(0.1), 4.0, 200, **OPTIONS).args[0]
+    assert (made - resize(wanted.movedim(-1, 1), (176, 240)).clamp(0, 1).movedim(1, -1)).abs().max() < 1e-5
+    plan, words = load_published("omgsr", method="omgsr"), {}
+    for native in (True, False):
+        out = NODES["TUDSRPlan"].execute(image, *plan[:2], 4.0, 0, 0, 0, 128, 1, native_size=native)
+        words[native] = out.args[1]
+    assert "enlarged to 174 x 128 first" in words[True] and "then shrunk to 240 x 176" in words[True]
+    assert "to 240 x 176, one tile" in words[False], words
+
+
 def check_widget_defaults_are_the_librarys():
     options = part("tudsr_core.pipeline").UpscaleOptions()
     for name in ("TUDSRUpscale", "TUDSRStageOne", "TUDSRStageTwo"):
@@ -877,6 +897,7 @@ def check_widget_defaults_are_the_librarys():
             "sample_posterior": options.sample_posterior,
             "seed": options.seed,
             "published": options.published,
+            "native_size": options.native_size,
         }
         assert {key: defaults[key] for key in wanted} == wanted
 

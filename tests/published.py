@@ -256,7 +256,9 @@ def two_stages(one: Path, two: Path, image: Tensor) -> Tensor:
     stages = [
         adapted_stage(backbone, read_adapter(path, None, i), AdapterOptions()) for i, path in ((1, one), (2, two))
     ]
-    return upscale(image, Model(*stages, StageLimits()), Target(scale=4), UpscaleOptions(color_fix="none"))
+    return upscale(
+        image, Model(*stages, StageLimits()), Target(scale=4), UpscaleOptions(color_fix="none", native_size=False)
+    )
 
 
 def write_for_comfyui(folder: Path) -> Path:

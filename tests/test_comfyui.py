@@ -126,7 +126,7 @@ def test_adapters_on_sd21_equal_peft_in_diffusers(server):
 
     work = graph("02-sd21-two-stage")
     work["3"] = {"class_type": "TestConditioning", "inputs": {}}
-    work["6"]["inputs"] |= {"color_fix": "none", "scale": 4.0, "tile": 128, "overlap": 32}
+    work["6"]["inputs"] |= {"color_fix": "none", "scale": 4.0, "tile": 128, "overlap": 32, "native_size": False}
     work["8"] = {"class_type": "TestSaveTensor", "inputs": {"images": ["6", 0], "name": "sd21.npy"}}
     server.run(work)
     made = torch.from_numpy(np.load(server.base / "output" / "sd21.npy")).movedim(-1, 1)

@@ -35,10 +35,10 @@ def test_pad_then_crop_is_identity_from_1_to_257(multiple, noise):
         assert torch.equal(padding.crop(padded), image)
 
 
-def test_padding_mirrors_then_repeats():
+def test_padding_mirrors_again_and_again_and_repeats_single_pixels():
     row = torch.tensor([[[[1.0, 2.0, 3.0]]]])
     padded, _ = pad_to_multiple(row, 8)
-    assert padded[0, 0, 0].tolist() == [1, 2, 3, 2, 1, 1, 1, 1]
+    assert padded[0, 0, 0].tolist() == [1, 2, 3, 2, 1, 2, 3, 2]
     assert torch.equal(padded[0, 0, 1:], padded[0, 0, :1].expand(7, 8))
 
 

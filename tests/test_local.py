@@ -105,7 +105,7 @@ def test_sd21_folder_with_two_adapters_equals_the_formula_by_hand(small_sd):
 
     model = load_sd21(small_sd / "base", small_sd / "one", small_sd / "two", device="cpu")
     image = photo(16, 24)
-    ours = upscale(image, model, Target(scale=8), UpscaleOptions(color_fix="none"))
+    ours = upscale(image, model, Target(scale=8), UpscaleOptions(color_fix="none", native_size=False))
     vae = AutoencoderKL.from_pretrained(small_sd / "base" / "vae")
     text = model.first.networks.condition("")
     picture = image
@@ -127,7 +127,9 @@ def test_sd21_posterior_sample_depends_on_the_seed_only(small_sd):
     image = photo(16, 16)
 
     def run(seed, sample=True):
-        return upscale(image, model, Target(scale=2), UpscaleOptions(sample_posterior=sample, seed=seed))
+        return upscale(
+            image, model, Target(scale=2), UpscaleOptions(sample_posterior=sample, seed=seed, native_size=False)
+        )
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
@@ -191,7 +193,7 @@ def test_published_adapters_upscale_as_their_papers_say(published_base, name, op
         image,
         model,
         Target(scale=4),
-        UpscaleOptions(color_fix="none"),
+        UpscaleOptions(color_fix="none", native_size=False),
         lambda done, total, preview: ticks.append((done, total)),
     )
     assert ticks[-1][0] == ticks[-1][1] == model.first.networks.vae_calls((64, 96)) + branches
@@ -230,12 +232,14 @@ def test_invsr_noise_is_tiled_seeded_and_independent_of_the_tile_batch(published
     image = photo(24, 32)
 
     def run(**more):
-        return upscale(image, model, Target(scale=4), UpscaleOptions(tile_px=64, overlap_px=16, **more))
+        return upscale(
+            image, model, Target(scale=4), UpscaleOptions(tile_px=64, overlap_px=16, native_size=False, **more)
+        )
 
     first = run()
     assert torch.equal(first, run(tile_batch=3))
     assert not torch.equal(first, run(seed=1))
-    plan = plan_for(model, (24, 32), Target(scale=4), UpscaleOptions(tile_px=64, overlap_px=16))
+    plan = plan_for(model, (24, 32), Target(scale=4), UpscaleOptions(tile_px=64, overlap_px=16, native_size=False))
     assert plan.calls == 4 * len(plan.stages[0].tiles)
 
 
@@ -251,7 +255,7 @@ def test_a_method_says_what_prompt_it_needs(published_base, caplog):
 def test_one_adapter_alone_keeps_no_second_copy_of_its_weights(published_base):
     base, files = published_base
     alone = load_sd21(base, files["osediff"].path, device="cpu")
-    upscale(photo(8, 8), alone, Target(scale=4), UpscaleOptions(color_fix="none"))
+    upscale(photo(8, 8), alone, Target(scale=4), UpscaleOptions(color_fix="none", native_size=False))
     slot = alone.first.networks.backbone.unet_slot
     assert slot.active and not slot._originals
     with pytest.raises(RuntimeError, match="were not kept"):

@@ -24,7 +24,7 @@ SCRIPTS = {
 }
 # One tile by area though longer than a tile, a tile's own size, several tiles, a short side below a tile.
 SIZES = [(48, 80), (64, 64), (72, 100), (106, 130), (56, 170), (164, 68)]
-PUBLISHED = UpscaleOptions(color_fix="none", published=True)
+PUBLISHED = UpscaleOptions(color_fix="none", published=True, native_size=False)
 
 
 def starts(length, side, overlap):

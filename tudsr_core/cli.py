@@ -119,6 +119,9 @@ def upscale(
     published: Annotated[
         bool, typer.Option(help="Tiles as the method's own script has them: side, overlap, places, weights.")
     ] = False,
+    native_size: Annotated[
+        bool, typer.Option(help="Enlarge small pictures first, so that networks work at their native size (512 px).")
+    ] = True,
     color_fix: ColorFixOption = None,
     sample_posterior: Annotated[bool, typer.Option(help="Draw latents instead of taking their mode.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of that draw.")] = None,
@@ -139,8 +142,8 @@ def upscale(
     tiles = given(tile_px=tile, overlap_px=overlap, tile_batch=tile_batch, window=window)
     if published and tiles.keys() - {"tile_batch"}:
         raise ValueError("--published has its own tile, overlap and window; leave out --tile, --overlap and --window")
-    chosen = given(color_fix=color_fix, sample_posterior=sample_posterior, seed=seed, published=published)
-    options = UpscaleOptions(**tiles, **chosen)
+    chosen = given(color_fix=color_fix, sample_posterior=sample_posterior, seed=seed)
+    options = UpscaleOptions(**tiles, **chosen, published=published, native_size=native_size)
     target = target_of(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
     use = AdapterOptions(method and method.value, timestep, steps, prompt, fidelity, detail, tokenizer)

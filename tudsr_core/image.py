@@ -58,27 +58,27 @@ class Padding:
 def pad_to_multiple(image: Tensor, multiple: int, minimum: int = 0) -> tuple[Tensor, Padding]:
     """Grow `B C H W` so that both sides are multiples of `multiple` and at least `minimum`.
 
-    The new pixels mirror the picture (reflect); where the picture is too small to mirror, its
-    border is repeated. Works from 1 px upwards. Padding goes right and bottom, so that latents
+    The new pixels are those of `pad_to`. Works from 1 px upwards. Padding goes right and bottom, so that latents
     keep the phase of the picture.
     """
     if multiple < 1:
         raise ValueError(f"multiple is {multiple}; it must be at least 1")
-    height, width = image.shape[-2:]
-    right = _missing(width, multiple, minimum)
-    bottom = _missing(height, multiple, minimum)
-    for mode in ("reflect", "replicate"):
-        grow_x = min(right, image.shape[-1] - 1) if mode == "reflect" else right
-        grow_y = min(bottom, image.shape[-2] - 1) if mode == "reflect" else bottom
-        image = F.pad(image, (0, grow_x, 0, grow_y), mode=mode) if grow_x or grow_y else image
-        right, bottom = right - grow_x, bottom - grow_y
-    added_x, added_y = image.shape[-1] - width, image.shape[-2] - height
-    return image, Padding(0, 0, added_x, added_y)
+    height, width = (-(-max(side, minimum) // multiple) * multiple for side in image.shape[-2:])
+    return pad_to(image, (height, width)), Padding(0, 0, width - image.shape[-1], height - image.shape[-2])
 
 
-def _missing(length: int, multiple: int, minimum: int) -> int:
-    wanted = max(length, minimum)
-    return -(-wanted // multiple) * multiple - length
+def pad_to(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Grow `B C H W` to the right and downwards to `size = (height, width)`, which must not be smaller.
+
+    The new pixels mirror the picture, again and again where it is small; a single pixel is repeated.
+    """
+    while tuple(image.shape[-2:]) != tuple(size):
+        sides = image.shape[-2:]
+        down, right = (min(want - have, have - 1) for want, have in zip(size, sides, strict=True))
+        if not (down or right):
+            return F.pad(image, (0, size[1] - sides[1], 0, size[0] - sides[0]), mode="replicate")
+        image = F.pad(image, (0, right, 0, down), mode="reflect")
+    return image
 
 
 def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:

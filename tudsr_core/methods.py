@@ -52,7 +52,9 @@ class Method:
     `formula(stage, count)` gives its steps. `prompt` is the fixed text it was trained with, None
     where each picture had its own tags. `alpha` is what its files leave out, None where they say
     it or it equals the rank. `first_max` is the largest factor it was trained for in one go. `tiling`
-    is that of its authors' script at its defaults, None where it does not cut the latent.
+    is that of its authors' script at its defaults, None where it does not cut the latent. `native_px` is
+    the short side of the smallest result that its script lets the networks make: smaller pictures are
+    enlarged first, or with `pads_small` mirrored beyond their borders.
     """
 
     title: str
@@ -63,6 +65,8 @@ class Method:
     first_max: float = 4.0
     counts: tuple[int, ...] = (1,)
     tiling: Tiling | None = None
+    native_px: int = 512
+    pads_small: bool = False
 
     def steps(self, stage: int = 1, count: int = 1, timestep: int = 0) -> tuple[OneStep, ...]:
         """Return the steps of `stage` (1 or 2) in `count` evaluations; `timestep` above 0 replaces its own.
@@ -101,6 +105,7 @@ METHODS: dict[str, Method] = {
         lambda stage, count: euler(INVSR_TIMESTEPS[count]),
         prompt=INVSR_PROMPT,
         counts=tuple(INVSR_TIMESTEPS),
+        pads_small=True,
     ),
 }
 

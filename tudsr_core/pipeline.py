@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .color import ColorFix, match_color
-from .image import join_alpha, pad_to_multiple, resize, split_alpha
+from .image import join_alpha, pad_to, resize, split_alpha
 from .methods import Method, Tiling
 from .plan import NetworkFacts, StageLimits, StagePlan, Target, UpscalePlan, plan_upscale
 from .schedule import OneStep
@@ -115,7 +114,9 @@ class UpscaleOptions:
 
     `tile_px` 0: the side that takes least computing, from 512 to 640. `tile_batch` 0: as many as fit
     in free memory. `published`: as the method's own script does it; tile, overlap and window are then
-    the method's (`Method.tiling`), and those given here are not used.
+    the method's (`Method.tiling`), and those given here are not used. `native_size`: networks make no
+    smaller pictures than those they were trained on (`Method.native_px`); smaller ones are enlarged
+    before and shrunk after, or padded, as the method's own script does.
     """
 
     tile_px: int = 0
@@ -126,6 +127,7 @@ class UpscaleOptions:
     sample_posterior: bool = False
     seed: int = 0
     published: bool = False
+    native_size: bool = True
 
 
 def plan_for(model: Model, source: tuple[int, int], target: Target, options: UpscaleOptions) -> UpscalePlan:
@@ -134,6 +136,7 @@ def plan_for(model: Model, source: tuple[int, int], target: Target, options: Ups
     Raises ValueError for what cannot be planned, and for `published` where nothing was.
     """
     options, stages = _without_unused(options), (model.first, model.second or model.first)
+    about = model.first.about if options.native_size else None
     plan = plan_upscale(
         source,
         target,
@@ -144,6 +147,8 @@ def plan_for(model: Model, source: tuple[int, int], target: Target, options: Ups
         tile_batch=options.tile_batch,
         evaluations=tuple(stage.evaluations for stage in stages),
         tilings=tuple(_published(stage) if options.published else None for stage in stages),
+        native_px=about.native_px if about else 0,
+        pads_small=bool(about and about.pads_small),
     )
     model.stages(len(plan.stages))
     return plan
@@ -184,14 +189,21 @@ def upscale(
     color, alpha = split_alpha(image.float())
     plan = plan_for(model, tuple(color.shape[-2:]), target, options)
     progress = Progress(tick, count_ticks(model, plan, len(color)))
-    pictures = list(color.split(1))
+    started = [_clamped(one, plan.start) for one in color.split(1)]
+    pictures = started
     for stage, part in zip(model.stages(len(plan.stages)), plan.stages, strict=True):
         options, pictures = _run_stage(pictures, stage, part, options, progress)
+    made = plan.stages[-1].size
     matched = [
-        match_color(picture, resize(source, plan.size), options.color_fix)
-        for picture, source in zip(pictures, color.split(1), strict=True)
+        _clamped(match_color(picture, resize(source, made), options.color_fix), plan.size)
+        for picture, source in zip(pictures, started, strict=True)
     ]
     return join_alpha(matched[0] if len(matched) == 1 else torch.cat(matched), alpha)
+
+
+def _clamped(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return `image` in another size without what bicubic adds beyond 0..1; itself in the same size."""
+    return image if tuple(image.shape[-2:]) == tuple(size) else resize(image, size).clamp_(0, 1)
 
 
 def check_image(image: Tensor) -> None:
@@ -229,7 +241,7 @@ def _run_stage(
     fitting = sweep.tiles, sweep.batch
     for number, picture in enumerate(pictures):
         enlarged = resize(picture, part.size).clamp(0, 1)
-        padded, padding = pad_to_multiple(enlarged, stage.networks.facts.multiple)
+        padded = pad_to(enlarged, part.padded)
         seed = options.seed + number
         z = stage.networks.encode(padded, seed if options.sample_posterior else None, progress.advance)
         start = Start(z, _noise_source(picture, part) if stage.predictor else None, seed)
@@ -241,7 +253,7 @@ def _run_stage(
                 f"{stage.name} produced NaN or infinite pixels; run it in float32 "
                 "(tudsr: --dtype fp32, ComfyUI: --force-fp32), or check the adapter"
             )
-        results.append(padding.crop(decoded).clamp_(0, 1))
+        results.append(decoded[..., : part.size[0], : part.size[1]].clamp_(0, 1))
     if (sweep.tiles, sweep.batch) != fitting:
         tile_px = max(sweep.tiles.tile_height, sweep.tiles.tile_width) * sweep.scale
         overlap_px = sweep.tiles.overlap * sweep.scale
@@ -271,12 +283,11 @@ class Start:
 
 
 def _noise_source(picture: Tensor, part: StagePlan) -> Tensor:
-    """Return the small picture at two pixels per latent, which is the input itself at x4 (InvSR)."""
+    """Return the small picture, padded, at two pixels per latent: at x4 the input itself (InvSR)."""
     wanted = 2 * part.tiles.height, 2 * part.tiles.width
     unit = part.padded[0] / wanted[0]
     small = resize(picture, tuple(max(1, round(side / unit)) for side in part.size)).clamp(0, 1)
-    missing = [(0, want - have) for want, have in zip(wanted, small.shape[-2:], strict=True)]
-    return F.pad(small, (*missing[1], *missing[0]), mode="replicate")
+    return pad_to(small, wanted)
 
 
 def restore_latent(start: Start, stage: Stage, sweep: Sweep, on_tile: Callable[[Preview], None]) -> Tensor:

@@ -15,6 +15,7 @@ from .tiles import TilePlan, plan_tiles
 MAX_FACTOR = 64.0
 MIN_SECOND = 1.25  # nineteen stages to MAX_FACTOR
 MAX_PIXELS = 2**30
+MAX_GROWN = 2**26  # pixels of a result that is made larger than asked: narrow strips would become huge
 AUTO_TILES_PX = (512, 576, 640)  # what Stable Diffusion 2.1-base was trained at, and a little above
 
 Size = tuple[int, int]
@@ -162,13 +163,19 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class UpscalePlan:
-    """The whole run for one picture."""
+    """The whole run for one picture.
+
+    `start` is the size that stage one enlarges: the source's, or a larger one for a small picture, whose
+    result is then shrunk to `size`. `note` says so, or that it is padded.
+    """
 
     source: Size
+    start: Size
     size: Size
     stages: tuple[StagePlan, ...]
     device_bytes: int
     host_bytes: int
+    note: str = ""
 
     @property
     def calls(self) -> int:
@@ -180,7 +187,7 @@ class UpscalePlan:
         source = f"{self.source[1]} x {self.source[0]} to {self.size[1]} x {self.size[0]}"
         memory = f"memory: about {_gib(self.device_bytes)} for the networks, {_gib(self.host_bytes)} for the picture"
         calls = f"{self.calls} network call{'s' if self.calls != 1 else ''}"
-        return [f"{source}, {calls}", *(stage.describe() for stage in self.stages), memory]
+        return [f"{source}, {calls}", *filter(None, [self.note]), *(stage.describe() for stage in self.stages), memory]
 
 
 def _gib(count: int) -> str:
@@ -198,12 +205,15 @@ def plan_upscale(
     tile_batch: int = 0,
     evaluations: tuple[int, int] = (1, 1),
     tilings: tuple[Tiling | None, Tiling | None] = (None, None),
+    native_px: int = 0,
+    pads_small: bool = False,
 ) -> UpscalePlan:
     """Plan the enlargement of one picture of `source = (height, width)`.
 
     `tile_px` and `overlap_px` are in pixels of the stage's output and multiples of the model's
     multiple; `tile_px` 0 leaves the side to `fit_tile`. `evaluations` are per tile, `tilings` take the
-    place of tile and overlap, in stage one and in the later ones. Raises ValueError as
+    place of tile and overlap, in stage one and in the later ones. `native_px` and `pads_small` are the
+    method's (`Method`), 0 for none. Raises ValueError as
     `Target.size_for` and `plan_tiles` do.
     """
     if min(source) < 1:
@@ -212,12 +222,15 @@ def plan_upscale(
     check_tiles(tile_px, overlap_px, tile_batch, facts)
     factor = max(size[0] / source[0], size[1] / source[1])
     factors = split_factor(factor, limits)
+    start = source if pads_small else grown(source, factor, native_px)
+    whole = size if start == source else tuple(round(side * factor) for side in start)
+    least = native_px if pads_small else 0
     stages, done = [], 1.0
     for number, stage_factor in enumerate(factors, 1):
         done *= stage_factor
         last = number == len(factors)
-        made = size if last else tuple(max(1, round(side * done)) for side in source)
-        padded = tuple(-(-side // facts.multiple) * facts.multiple for side in made)
+        made = whole if last else tuple(max(1, round(side * done)) for side in start)
+        padded = tuple(-(-max(side, least) // facts.multiple) * facts.multiple for side in made)
         later, tiling = number > 1, tilings[number > 1]
         tiles = _published_tiles(padded, tiling, facts) if tiling else _tiles(padded, tile_px, overlap_px, facts)
         stages.append(StagePlan(number, stage_factor, made, padded, tiles, evaluations[later], tiling))
@@ -226,11 +239,36 @@ def plan_upscale(
     activations = max(tile * max(1, tile_batch) * facts.tile_bytes_per_pixel, pixels * facts.picture_bytes_per_pixel)
     return UpscalePlan(
         source=source,
+        start=start,
         size=size,
         stages=tuple(stages),
         device_bytes=facts.weight_bytes + activations,
         host_bytes=pixels * (BYTES_PER_OUTPUT_PIXEL + facts.plane_bytes_per_pixel),
+        note=_note(source, start, size, stages[0], native_px, pads_small),
     )
+
+
+def grown(source: Size, factor: float, native_px: int) -> Size:
+    """Return the size to which a picture is enlarged before it is enlarged by `factor`.
+
+    As in the scripts of OMGSR, OSEDiff and PiSA-SR: a short side below `native_px / factor` (rounded
+    down) becomes that, the other follows. Narrow strips grow only until their result has MAX_GROWN pixels.
+    """
+    short, long = min(source), max(source)
+    most = math.sqrt(MAX_GROWN * short / long)
+    wanted = int(min(native_px, most) / factor)
+    return tuple(side * wanted // short for side in source) if short < wanted else source
+
+
+def _note(source: Size, start: Size, size: Size, stage: StagePlan, native_px: int, pads_small: bool) -> str:
+    if start != source:
+        return (
+            f"a small picture: enlarged to {start[1]} x {start[0]} first, so that the result is about {native_px} px "
+            f"as in training, then shrunk to {size[1]} x {size[0]}"
+        )
+    if pads_small and min(stage.size) < native_px:
+        return f"a small picture: its borders are mirrored to {stage.padded[1]} x {stage.padded[0]}, and cut off again"
+    return ""
 
 
 # Peak of the whole-picture tensors: six float32 RGB copies (67 bytes measured at 4096 x 4096, see
