@@ -872,6 +872,7 @@ def check_small_pictures_are_enlarged_to_the_native_size_first():
     assert {shape[-2:] for shape in model.model.diffusion_model.calls} == {(16, 16)}
     assert len(model.model.diffusion_model.calls) == 5 * 7, len(model.model.diffusion_model.calls)
     assert made.shape == (1, 176, 240, 3) and alpha[0, 80, 60] < 0.01 and alpha[0, 80, 200] > 0.99
+    made = run(image, model, FoldVAE(), text(0.1), 4.0, 200, **OPTIONS).args[0]
     resize = part("tudsr_core.image").resize
     large = resize(image.movedim(-1, 1), (128, 174)).clamp(0, 1).movedim(1, -1)
     wanted = run(large, model, FoldVAE(), text(0.1), 4.0, 200, **OPTIONS).args[0]

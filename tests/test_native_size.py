@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import IdentityNetworks, identity_model
 from PIL import Image
+from typer.testing import CliRunner
 
+from tudsr_core.cli import app
 from tudsr_core.color import adain
 from tudsr_core.image import resize
 from tudsr_core.methods import METHODS
@@ -177,3 +179,13 @@ def test_evaluations_are_counted_for_each_stage():
 def test_sizes_between_stages_are_rounded_not_cut():
     plan = plan_for(identity_model(), (33, 50), Target(width=275), PLAIN)
     assert [stage.size for stage in plan.stages] == [(91, 138), (182, 275)]
+
+
+def test_the_command_line_switches_it(monkeypatch, tmp_path):
+    """The plan is that of a base model with OMGSR's adapter, whose loading is left out."""
+    Image.new("RGB", (60, 44)).save(tmp_path / "a.png")
+    monkeypatch.setattr("tudsr_core.cli._load", lambda *_: model_of("omgsr"))
+    command = ["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), "--dry-run"]
+    on, off = (CliRunner().invoke(app, [*command, *more]).output for more in ([], ["--no-native-size"]))
+    assert "enlarged to 174 x 128 first" in on and "to 696 x 512" in on
+    assert "first" not in off and "to 240 x 176, one tile" in off
