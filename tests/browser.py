@@ -43,6 +43,8 @@ def open_page(url: str, width: int = 1500, height: int = 860, vue: bool = False)
             page = browser.new_page(viewport={"width": width, "height": height})
             page.goto(url)
             wait_until_ready(page)
+            # The map lies over the corner where long nodes end.
+            page.evaluate("async () => { await app.extensionManager.setting.set('Comfy.Minimap.Visible', false) }")
             use_vue_nodes(page, vue)
             yield page
         finally:
@@ -79,7 +81,7 @@ def fit(page) -> list[float]:
     box = page.evaluate(
         """() => {
             const box = n => [n.pos[0], n.pos[1] - 40, n.pos[0] + n.size[0], n.pos[1] + n.size[1]];
-            const boxes = app.graph._nodes.map(box);
+            const boxes = app.canvas.graph._nodes.map(box);
             const [x0, y0] = [0, 1].map(i => Math.min(...boxes.map(b => b[i])) - 30);
             const [x1, y1] = [2, 3].map(i => Math.max(...boxes.map(b => b[i])) + 30);
             const ds = app.canvas.ds, el = app.canvas.canvas, ratio = window.devicePixelRatio || 1;

@@ -44,6 +44,13 @@ def test_headers(case):
     assert (write_header(edits.plan, edits.picture) if edits.plan else None) == case["header"]
 
 
+@named("fits")
+def test_fits(case):
+    here = read_edits(case["grid"])
+    fitted = read_edits(case["text"]).fit(here.plan, here.picture)
+    assert fitted.by_tile == as_edits(case["edits"])
+
+
 @pytest.mark.parametrize("case", CASES["says"], ids=lambda case: case["says"] or "nothing")
 def test_what_a_tile_says(case):
     edits = {} if case["edit"] is None else {0: Edit(*case["edit"])}

@@ -1,14 +1,14 @@
 // The tile prompt editor: the picture with its tiles, what each says, and a box to change it.
 //
-// All it saves is the text of the node's `edits` widget (its form is described in
-// tudsr_core/edits.py), so that shared workflows and API runs carry the changes; where this file
-// does not run, that text box is the editor.
+// The text of the node's `edits` widget is the only place where edits are: what is shown is read
+// from it, what is changed is written to it. So undo, copies, tabs and API runs need nothing of
+// their own here, and where this file does not run, that text box is the editor.
 
 import { app } from "../../../scripts/app.js";
+import { applyEdit, fitEdits, readEdits, strip, writeEdits } from "./tile_edits.js";
 
 const NODES = new Set(["TUDSRExtractTilePrompts", "TUDSRTilePromptsFromStrings"]);
-const SIGNS = { replace: ":", add: "+", clear: "-" };
-const KINDS = { ":": "replace", "+": "add", "-": "clear" };
+const LONGEST = 5000; // characters that the node takes for one tile
 const BLUE = "90, 200, 255";
 const AMBER = "255, 190, 60";
 
@@ -20,6 +20,7 @@ const STYLE = `
 .tudsr-tiles .stage:focus-visible { box-shadow: inset 0 0 0 2px rgb(${BLUE}); }
 .tudsr-tiles img, .tudsr-tiles canvas { position: absolute; inset: 0; width: 100%; height: 100%;
   object-fit: contain; pointer-events: none; }
+.lg-node-widgets .tudsr-tiles .stage { aspect-ratio: var(--aspect, 1); max-height: 720px; }
 .tudsr-tiles .says { min-height: 30px; max-height: 46px; overflow: hidden; line-height: 15px; }
 .tudsr-tiles .row { display: flex; gap: 4px; align-items: center; }
 .tudsr-tiles .row .grow { flex: 1; }
@@ -31,32 +32,6 @@ const STYLE = `
 .tudsr-tiles button.on { border-color: rgb(${AMBER}); color: rgb(${AMBER}); }
 .tudsr-tiles :disabled { opacity: 0.45; cursor: default; }
 `;
-
-/** Read `3: text`, `3+ text`, `3-` lines into a map from tile number (from 0) to {kind, text}. */
-export function readEdits(text) {
-    const edits = new Map();
-    for (const line of (text ?? "").split("\n")) {
-        const match = line.trim().match(/^(\d+)\s*([:+-])\s*(.*)$/);
-        if (match) edits.set(Number(match[1]) - 1, { kind: KINDS[match[2]], text: match[3].trim() });
-    }
-    return edits;
-}
-
-/** Write the map as those lines under the header that remembers grid and picture. */
-export function writeEdits(edits, header) {
-    const lines = [...edits.entries()]
-        .sort(([a], [b]) => a - b)
-        .map(([tile, { kind, text }]) => `${tile + 1}${SIGNS[kind]} ${text.replace(/\s+/g, " ").trim()}`.trimEnd());
-    return lines.length ? [header, ...lines].join("\n") : "";
-}
-
-/** What a tile says after an edit. */
-export function applyEdit(found, edit) {
-    if (!edit) return found;
-    if (edit.kind === "clear") return "";
-    if (edit.kind === "replace") return edit.text;
-    return [found, edit.text].filter(Boolean).join(", ");
-}
 
 /** Borders of the cells in which a point belongs to the tile whose middle is nearest. */
 function cellBorders(boxes, low, high) {
@@ -71,15 +46,24 @@ function make(tag, className, text) {
     return element;
 }
 
+/** What the frontend files the node's output under; inside a subgraph that is the subgraph's and the node's id. */
+function locatorOf(node) {
+    return node.graph?.isRootGraph === false ? `${node.graph.id}:${node.id}` : String(node.id);
+}
+
+/** The node's id in a queued prompt: inside a subgraph it follows those of the nodes that hold it. */
+function executionIdOf(node) {
+    return app.extensionManager.workflow.nodeLocatorIdToNodeExecutionId(locatorOf(node));
+}
+
 class TileEditor {
-    constructor(node, widget) {
+    constructor(node) {
         this.node = node;
-        this.widget = widget;
         this.facts = null;
         this.edits = new Map();
         this.hovered = this.selected = null;
         this.kind = "replace";
-        this.writing = false;
+        this.seen = [];
         this.build();
         this.update();
     }
@@ -91,11 +75,14 @@ class TileEditor {
         this.stage.setAttribute("aria-label", "tiles of the picture; arrow keys choose one");
         this.image = make("img");
         this.image.draggable = false;
+        this.image.addEventListener("load", () => this.pictured(true));
+        this.image.addEventListener("error", () => this.pictured(false));
         this.canvas = make("canvas");
         this.stage.append(this.image, this.canvas);
         this.says = make("div", "says");
         this.box = make("textarea");
         this.box.placeholder = "click a tile to change what it says";
+        this.box.maxLength = LONGEST;
         this.buttons = {};
         const row = make("div", "row");
         for (const [name, label, title] of [
@@ -117,7 +104,9 @@ class TileEditor {
         this.root.append(this.stage, this.says, this.box, row);
         this.stage.addEventListener("pointermove", (event) => this.hover(this.tileAt(event)));
         this.stage.addEventListener("pointerleave", () => this.hover(null));
-        this.stage.addEventListener("pointerdown", (event) => event.stopPropagation());
+        // Nodes drawn by Vue would be dragged; the middle button still moves the canvas.
+        for (const type of ["pointerdown", "pointermove", "pointerup"])
+            this.root.addEventListener(type, (event) => event.button === 1 || event.buttons & 4 || event.stopPropagation());
         this.stage.addEventListener("click", (event) => {
             const tile = this.tileAt(event);
             this.select(tile);
@@ -125,34 +114,56 @@ class TileEditor {
         });
         this.stage.addEventListener("keydown", (event) => this.walk(event));
         this.box.addEventListener("input", () => this.type());
+        this.box.addEventListener("change", () => this.remember());
         // The canvas must not take Delete or Ctrl+V for itself; Ctrl+Enter still runs the workflow.
         this.box.addEventListener("keydown", (event) => event.ctrlKey && event.key === "Enter" || event.stopPropagation());
         new ResizeObserver(() => this.draw()).observe(this.stage);
     }
 
-    /** Take what an execution of the node has told. */
-    show(facts) {
-        this.facts = facts;
-        this.edits = readEdits(facts.edits);
-        if (this.selected !== null && this.selected >= facts.boxes.length) this.selected = null;
-        this.rows = cellBorders(facts.boxes, 1, 3);
-        this.columns = cellBorders(facts.boxes, 0, 2);
-        this.image.style.visibility = facts.picture ? "visible" : "hidden";
-        if (facts.picture) this.image.src = app.api.apiURL(`/view?${new URLSearchParams(facts.picture)}`);
+    /** Follow what is true now; called before every frame, as no event tells all of it in every frontend. */
+    sync() {
+        if (!this.root.isConnected) {
+            // After an undo, Vue still shows the element of the node that was there before.
+            const stale = document.querySelector(`[data-node-id="${this.node.id}"] .tudsr-tiles`);
+            stale?.replaceWith(this.root);
+        }
+        const outputs = app.nodeOutputs?.[locatorOf(this.node)] ?? app.nodeOutputs?.[executionIdOf(this.node)];
+        const facts = outputs?.tudsr_tiles?.[0] ?? null;
+        const now = [facts, this.locked ? facts?.edits : this.widget.value, this.locked];
+        if (now.every((one, i) => one === this.seen[i])) return;
+        if (facts !== this.facts) this.show(facts);
+        this.seen = now;
+        this.edits = facts ? fitEdits(readEdits(now[1]), facts.header) : new Map();
         this.update();
     }
 
-    /** Follow changes typed into the plain text box, while its grid is the one shown. */
-    reread(text) {
-        const header = (text ?? "").split("\n").find((line) => line.startsWith("# grid"));
-        if (this.facts && !this.writing && (!header || header.trim() === this.facts.header)) {
-            this.edits = readEdits(text);
-            this.update();
-        }
+    /** Take what a run of the node has told, or null. */
+    show(facts) {
+        this.facts = facts;
+        if (!(this.selected < facts?.boxes.length)) this.selected = null;
+        this.hovered = null;
+        this.gone = false;
+        this.rows = cellBorders(facts?.boxes ?? [], 1, 3);
+        this.columns = cellBorders(facts?.boxes ?? [], 0, 2);
+        this.stage.style.setProperty("--aspect", facts?.aspect ?? 1);
+        this.image.style.visibility = "hidden";
+        if (facts?.picture) this.image.src = app.api.apiURL(`/view?${new URLSearchParams(facts.picture)}`);
+        else this.image.removeAttribute("src");
+    }
+
+    /** The picture has come, or the server no longer has it. */
+    pictured(here) {
+        this.gone = !here;
+        this.image.style.visibility = here ? "visible" : "hidden";
+        this.tell();
+    }
+
+    get widget() {
+        return this.node.widgets.find((one) => one.name === "edits");
     }
 
     get locked() {
-        return this.node.inputs?.some((input) => input.widget?.name === "edits" && input.link != null);
+        return Boolean(this.node.inputs?.some((input) => input.widget?.name === "edits" && input.link != null));
     }
 
     shown(tile) {
@@ -203,7 +214,7 @@ class TileEditor {
     }
 
     press(action) {
-        if (action === "extract") return app.queuePrompt(0, 1, [String(this.node.id)]);
+        if (action === "extract") return app.queuePrompt(0, 1, [executionIdOf(this.node)]);
         if (this.selected === null || this.locked) return;
         if (action === "clear") this.change({ kind: "clear", text: "" });
         else if (action === "restore") this.change(null);
@@ -216,30 +227,41 @@ class TileEditor {
 
     type() {
         if (this.selected === null || this.locked) return;
-        const text = this.box.value.replace(/\n/g, " ");
-        const asFound = this.kind === "replace" && text.trim() === this.facts.found[this.selected];
-        if (text.trim()) this.change(asFound ? null : { kind: this.kind, text }, true);
+        const text = this.box.value;
+        const asFound = this.kind === "replace" && strip(text) === this.facts.found[this.selected];
+        if (strip(text.replace(/[\r\n]/g, " "))) this.change(asFound ? null : { kind: this.kind, text }, true);
         else this.change(this.kind === "add" ? null : { kind: "clear", text: "" }, true);
     }
 
-    /** Set or remove the edit of the selected tile and save all edits as the widget's text. */
+    /** Set or remove the edit of the selected tile, in the widget's text; its other lines stay. */
     change(edit, typing = false) {
-        if (edit) this.edits.set(this.selected, edit);
-        else this.edits.delete(this.selected);
-        this.writing = true; // some frontends report this back as if it were typed
-        this.widget.value = writeEdits(this.edits, this.facts.header);
-        this.writing = false;
+        const { others } = readEdits(this.widget.value);
+        const byTile = new Map(this.edits);
+        if (edit) byTile.set(this.selected, edit);
+        else byTile.delete(this.selected);
+        this.widget.value = writeEdits({ byTile, header: this.facts.header, others });
         this.node.graph?.setDirtyCanvas(true, true);
-        if (typing) this.refresh();
-        else this.select(this.selected);
+        this.typing = typing;
+        this.sync();
+        this.typing = false;
+        if (typing) return;
+        this.select(this.selected);
+        this.remember();
+    }
+
+    /** Let the change be one step of undo. */
+    remember() {
+        app.extensionManager.workflow.activeWorkflow?.changeTracker?.checkState();
     }
 
     update() {
         const edit = this.edits.get(this.selected);
         const none = this.selected === null || !this.facts;
         this.box.disabled = none || this.locked;
-        if (none) this.box.value = "";
-        else this.box.value = this.kind === "add" ? (edit?.kind === "add" ? edit.text : "") : this.shown(this.selected);
+        const added = edit?.kind === "add" ? edit.text : "";
+        const says = none ? "" : this.kind === "add" ? added : this.shown(this.selected);
+        // What is being typed keeps its blanks, and its cursor.
+        if (!this.typing && this.box.value !== says) this.box.value = says;
         this.refresh();
     }
 
@@ -260,6 +282,8 @@ class TileEditor {
         const tile = this.hovered ?? this.selected;
         if (!this.facts) this.says.textContent = "Run once, or press Extract, to see the tiles and what they say.";
         else if (this.locked) this.says.textContent = "The edits come from a connected node; disconnect it to edit here.";
+        else if (tile === null && this.gone)
+            this.says.textContent = "The server no longer has the picture; press Extract to see it again.";
         else if (tile === null) this.says.textContent = "Point at a tile to read it, click to change it.";
         else {
             const edited = this.edits.has(tile) ? " (edited)" : "";
@@ -319,7 +343,7 @@ class TileEditor {
 function attach(node) {
     const widget = node.widgets?.find((one) => one.name === "edits");
     if (!widget || !node.addDOMWidget) return;
-    const editor = new TileEditor(node, widget);
+    const editor = new TileEditor(node);
     node.addDOMWidget("tiles", "TUDSR_TILES", editor.root, {
         serialize: false,
         hideOnZoom: false,
@@ -328,16 +352,6 @@ function attach(node) {
         setValue: () => {},
     }).serialize = false;
     Object.assign(widget.options ?? {}, { getMinHeight: () => 50, getMaxHeight: () => 70 });
-    const { callback } = widget;
-    widget.callback = function (value, ...rest) {
-        editor.reread(value);
-        return callback?.call(this, value, ...rest);
-    };
-    const { onExecuted } = node;
-    node.onExecuted = function (output) {
-        onExecuted?.call(this, output);
-        if (output?.tudsr_tiles?.[0]) editor.show(output.tudsr_tiles[0]);
-    };
     node.tudsrEditor = editor;
     node.setSize([Math.max(node.size[0], 420), Math.max(node.size[1], 720)]);
 }
@@ -346,12 +360,13 @@ app.registerExtension({
     name: "TUDSR.TilePrompts",
     setup() {
         document.head.append(make("style", "", STYLE));
+        const frame = () => {
+            requestAnimationFrame(frame);
+            for (const node of app.canvas?.graph?._nodes ?? []) node.tudsrEditor?.sync();
+        };
+        frame();
     },
     nodeCreated(node) {
         if (NODES.has(node.comfyClass)) attach(node);
-    },
-    loadedGraphNode(node) {
-        const facts = app.nodeOutputs?.[node.id]?.tudsr_tiles?.[0];
-        if (node.tudsrEditor && facts) node.tudsrEditor.show(facts);
     },
 });
