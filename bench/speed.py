@@ -49,7 +49,7 @@ def plain(model, image: torch.Tensor, factor: int) -> torch.Tensor:
         enlarged = resize(image, (side * grown, side * grown)).clamp(0, 1)
         networks = stage.networks
         networks.backbone.unet_slot.use(networks.unet_patch)
-        z = networks.backbone.moments(enlarged * 2 - 1)
+        z = networks.backbone.latents(networks.backbone.vae, enlarged * 2 - 1)
         plan = plan_tiles(*z.shape[-2:], 128, 64, spacing="stride")
         canvas = Canvas(plan, "published")
         for tile in plan:

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..tudsr_core.pipeline import Predict, Preview
 from ..tudsr_core.plan import NetworkFacts
 from ..tudsr_core.tiles import Tile
-from ..tudsr_core.vae_tiling import draw
 from .conds import crop_conds, is_spatial
 from .exact_vae import ExactVAE, is_out_of_memory
 from .tile_text import TileTexts
@@ -70,8 +69,7 @@ class ComfyNetworks:
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
         """Return scaled latents of `B 3 H W` in 0..1; the posterior's mode, or a draw with `seed`."""
-        moments = self.exact_vae.encode(pixels, on_tile)
-        return self.model.model.process_latent_in(draw(moments, self.vae.latent_channels, seed))
+        return self.model.model.process_latent_in(self.exact_vae.encode(pixels, on_tile, seed=seed))
 
     def decode(self, z: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W` for scaled latents."""

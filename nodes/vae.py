@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
-from ..tudsr_core.vae_tiling import Side, Tiling, draw
+from ..tudsr_core.vae_tiling import Side, Tiling
 from .exact_vae import ExactVAE
 from .images import rgb
 from .tiles import CATEGORY
@@ -88,7 +88,7 @@ class VAEEncode(io.ComfyNode):
             )
         image = vae.vae_encode_crop_pixels(image.movedim(1, -1)).movedim(-1, 1)
         on_tile = progress(exact, "encoder", tuple(image.shape[-2:]), len(image), tiling)
-        return io.NodeOutput({"samples": draw(exact.encode(image, on_tile, tiling), vae.latent_channels, None)})
+        return io.NodeOutput({"samples": exact.encode(image, on_tile, tiling)})
 
 
 class VAEDecode(io.ComfyNode):

@@ -659,7 +659,7 @@ def small_vae(dtype=torch.float64, **config):
     shape = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32}
     shape |= {"ch_mult": [1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0} | config
     network = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=shape, embed_dim=4)
-    state = network.state_dict()
+    state = {key: value for key, value in network.state_dict().items() if value.ndim}
     weights = {key: torch.randn(value.shape) / max(9.0, value[0].numel()) ** 0.5 for key, value in state.items()}
     weights |= {key: value + 1 for key, value in weights.items() if "norm" in key and key.endswith("weight")}
     vae = comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": shape, "embed_dim": 4}}, dtype=torch.float32)

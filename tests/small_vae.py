@@ -13,6 +13,9 @@ CONFIG = dict(
     norm_num_groups=4,
     latent_channels=4,
 )
+SHALLOW = dict(block_out_channels=(8, 16), norm_num_groups=4) | {
+    f"{way}_block_types": (f"{way.capitalize()}{kind}coderBlock2D",) * 2 for way, kind in (("down", "En"), ("up", "De"))
+}
 
 
 def make_vae(dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> nn.Module:

@@ -13,7 +13,13 @@ from published import write_for_comfyui
 
 SCRIPTS = [
     Path(__file__).parent / name
-    for name in ("inside_comfyui.py", "inside_tile_prompts.py", "inside_tiled.py", "inside_refusals.py")
+    for name in (
+        "inside_comfyui.py",
+        "inside_tile_prompts.py",
+        "inside_tiled.py",
+        "inside_vae.py",
+        "inside_refusals.py",
+    )
 ]
 CHECKS = [
     (script.name, node.name)

@@ -11,6 +11,7 @@ from sd_layout import to_ldm
 from sd_stand_in import slow_text_tower, text_weights
 from small_sd import SMALL_TEXT, SMALL_UNET, SMALL_VAE
 
+from tudsr_core import sd21
 from tudsr_core.checkpoints import embedded_path
 from tudsr_core.image import resize
 from tudsr_core.local import AdapterOptions, load_embedded, load_sd21, pick_device
@@ -287,6 +288,40 @@ def test_the_text_tower_of_a_single_file_is_read(small_sd, tmp_path, prefix):
         tmp_path / "single.safetensors", architecture=architecture, tokenizer=small_sd / "base" / "tokenizer"
     )
     assert not torch.equal(embed("a b"), embed("b a"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "pad"),
+    [
+        ({"pad_token": "!"}, 0),  # SD 2.x
+        ({"pad_token": "<|endoftext|>"}, 6),  # SD 1.5
+        ({"pad_token": {"content": "b</w>", "__type": "AddedToken"}}, 2),  # as older files write it
+        ({}, 6),  # CLIP's own
+    ],
+)
+def test_prompts_are_filled_up_with_the_folders_pad_token(small_sd, tmp_path, settings, pad):
+    """As diffusers' pipelines do; a single file's own is SD 2.x's, whatever CLIP's folder says."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    settings |= {"unk_token": "<|endoftext|>"}
+    base = hostile_base(small_sd, tmp_path / "base", {})
+    config = base / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77} | settings), "utf-8")
+    ids = CLIPTokenizer.from_pretrained(base / "tokenizer")(
+        "a b", padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+    assert ids[0].tolist() == [5, 1, 2, 6] + [pad] * 73
+    text = CLIPTextModel.from_pretrained(base / "text_encoder")
+    with torch.no_grad():
+        assert (read_base(base)[2]("a b") - text(ids)[0]).abs().max() < 1e-6
+    assert sd21._tokens_of(base / "tokenizer", sd21.PAD)("a b")[0, 4:].eq(0).all()
+
+
+def test_a_pad_token_that_is_no_word_is_refused(small_sd, tmp_path):
+    base = hostile_base(small_sd, tmp_path / "base", {"tokenizer/tokenizer_config.json": {"pad_token": "<pad>"}})
+    with pytest.raises(CheckpointError, match="<pad>.*no word of its vocab.json") as caught:
+        read_base(base)[2]("a")
+    assert str(caught.value).isprintable()
 
 
 def test_v_prediction_checkpoints_are_refused(small_sd, tmp_path):

@@ -43,11 +43,11 @@ def test_statistics_of_tiles_are_those_of_the_plane(offset, noise):
     plane = Plane(12, 40, 50, torch.float64, CPU)
     for rows in spans(40, 13):
         for columns in spans(50, 17):
-            plane.measure(whole[..., slice(*rows), slice(*columns)])
+            plane.add(plane.measure(whole[..., slice(*rows), slice(*columns)]))
     mean, variance = plane.moments(4)
     grouped = whole.view(4, -1)
     assert (mean - grouped.mean(1)).abs().max() < 1e-12 * max(1, offset)
     assert (variance / grouped.var(1, correction=0) - 1).abs().max() < 1e-9
     assert plane.is_finite()
-    plane.measure(torch.full((1, 12, 1, 1), torch.inf))
+    plane.add(plane.measure(torch.full((1, 12, 1, 1), torch.inf)))
     assert not plane.is_finite()

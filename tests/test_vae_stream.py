@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from small_vae import contents, make_vae
+from small_vae import SHALLOW, contents, make_vae
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,11 +73,6 @@ def test_any_size_of_the_encoder(size):
     vae = make_vae()
     x = contents(3, *size, batch=1)["random"]
     assert (tiled(vae, "encoder", x, Tiling(16, "device")) - run_untiled(vae, "encoder", x)).abs().max() < 1e-12
-
-
-SHALLOW = dict(block_out_channels=(8, 16), norm_num_groups=4) | {
-    f"{way}_block_types": (f"{way.capitalize()}{kind}coderBlock2D",) * 2 for way, kind in (("down", "En"), ("up", "De"))
-}
 
 
 @pytest.mark.parametrize(

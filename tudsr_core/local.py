@@ -24,7 +24,7 @@ from .plan import NetworkFacts, StageLimits
 from .schedule import scaled_linear
 from .sd21 import PREDICTIONS, check_exists, read_base, read_prediction
 from .tiles import Tile
-from .vae_tiling import Doors, Place, TiledVAE, draw
+from .vae_tiling import Doors, Place, TiledVAE
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +90,20 @@ class Backbone:
     def tiled_vae(self) -> TiledVAE:
         """The autoencoder, tiled; it calls the modules of `vae` as they are at each call."""
         doors = Doors(
-            encode=lambda x: self.moments((x * 2 - 1).to(self.device, self.dtype)).float().cpu(),
+            encode=lambda x: self.latents(self.vae, (x * 2 - 1).to(self.device, self.dtype)).float().cpu(),
             decode=lambda z: self.vae.decode(z.to(self.device, self.dtype)).sample.float().cpu() / 2 + 0.5,
-            prepare=lambda x: x * 2 - 1,
-            finish=lambda x: x / 2 + 0.5,
+            encode_with=lambda vae, x: self.latents(vae, x * 2 - 1),
+            decode_with=lambda vae, z: vae.decode(z).sample / 2 + 0.5,
         )
         place = Place(self.device, self.dtype, self.is_out_of_memory)
         return TiledVAE(self.vae, doors, self.latent_scale, self.vae.config.latent_channels, place, self.free_bytes)
 
-    def moments(self, x: Tensor) -> Tensor:
-        """Return mean and log variance, or plain latents for autoencoders without a posterior, of x in -1..1."""
-        output = self.vae.encode(x)
+    @staticmethod
+    def latents(vae: nn.Module, x: Tensor) -> Tensor:
+        """Return the posterior's mode, or the latents of autoencoders without a posterior, of x in -1..1."""
+        output = vae.encode(x)
         if hasattr(output, "latent_dist"):
-            return output.latent_dist.parameters
+            return output.latent_dist.mode()
         return output.latent if hasattr(output, "latent") else output.latents
 
     def free_bytes(self) -> int:
@@ -139,9 +140,7 @@ class LocalNetworks:
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Tensor:
         """Return scaled float32 latents of `B 3 H W` in 0..1 on the CPU."""
         self.backbone.vae_slot.use(self.vae_patch)
-        config = self.backbone.vae.config
-        moments = self.backbone.tiled_vae.encode(pixels, on_tile)
-        return draw(moments, config.latent_channels, seed) * config.scaling_factor
+        return self.backbone.tiled_vae.encode(pixels, on_tile, seed=seed) * self.backbone.vae.config.scaling_factor
 
     def denoise(
         self,

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .tensor_files import CheckpointError, some, stream
 from .untrusted import Fields, network_config, parse_json, read_text
 
-TOKENS, START, END, PAD = 77, 49406, 49407, 0
+TOKENS, START, END = 77, 49406, 49407
+PAD = 0  # "!", with which SD 2.x fills up; SD 1.5 does with END
 
 UNET_CONFIG = {
     "sample_size": 64,
@@ -213,7 +214,7 @@ def _read_single_file(
         networks.append(_fill(path, name, kind, config, weights))
 
     def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
-        return _single_file_text(path, dtype, architecture.text), _tokens_of(tokenizer)
+        return _single_file_text(path, dtype, architecture.text), _tokens_of(tokenizer, PAD)
 
     return *networks, _embedder(load_text)
 
@@ -247,8 +248,11 @@ def _text_network(path: Path, config: dict, read: Callable[[nn.Module], dict[str
     return text
 
 
-def _tokens_of(folder: Path | None) -> Callable[[str], Tensor]:
-    """Return `tokens(text)`, `1 77`; without a tokenizer's folder, only the empty text is known."""
+def _tokens_of(folder: Path | None, pad: int | None = None) -> Callable[[str], Tensor]:
+    """Return `tokens(text)`, `1 77`, filled up with `pad`; None: with what the tokenizer's folder says.
+
+    Without a folder, only the empty text is known. Raises CheckpointError.
+    """
     if folder is None:
         return _empty_prompt_tokens
     transformers = _transformers()
@@ -256,10 +260,16 @@ def _tokens_of(folder: Path | None) -> Callable[[str], Tensor]:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a CLIP tokenizer (vocab.json and merges.txt): {error}") from error
+    pad = tokenizer.pad_token_id if pad is None else pad
+    if pad is None or pad >= tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{folder} fills prompts up with {short(tokenizer.pad_token)}, which is no word of its vocab.json; "
+            "correct pad_token in its tokenizer_config.json, or download the folder again"
+        )
 
     def tokens(words: str) -> Tensor:
         ids = tokenizer(words, truncation=True, max_length=TOKENS).input_ids
-        return torch.tensor([ids + [PAD] * (TOKENS - len(ids))])
+        return torch.tensor([ids + [pad] * (TOKENS - len(ids))])
 
     return tokens
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Span = tuple[int, int]
+Box = tuple[Span, Span]
+Sums = tuple[int, Tensor]
 Job = TypeVar("Job")
 BAND_ROWS = 32
 
@@ -22,6 +24,17 @@ def spans(length: int, side: int, unit: int = 1) -> list[Span]:
     count = max(1, -(-length // max(side, unit)))
     edges = [i * length // count // unit * unit for i in range(count)] + [length]
     return list(zip(edges, edges[1:], strict=False))
+
+
+def halves(box: Box) -> tuple[Box, Box]:
+    """Cut rows and columns across their longer side, at an even number."""
+    rows, columns = box
+    tall = rows[1] - rows[0] >= columns[1] - columns[0]
+    first, last = rows if tall else columns
+    middle = (first + last) // 4 * 2
+    if tall:
+        return ((first, middle), columns), ((middle, last), columns)
+    return (rows, (first, middle)), (rows, (middle, last))
 
 
 def reserve(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -36,7 +49,7 @@ class Plane:
         self.channels, self.height, self.width, self.dtype, self.device = channels, height, width, dtype, device
         self.rows = spans(height, BAND_ROWS)
         self.bands: list[Tensor | None] = [None] * len(self.rows)
-        self._sums: list[tuple[int, Tensor]] = []
+        self._sums: list[Sums] = []
 
     @classmethod
     def of(cls, tensor: Tensor) -> Plane:
@@ -73,12 +86,17 @@ class Plane:
             if bottom <= before:
                 self.bands[number] = None
 
-    def measure(self, tile: Tensor) -> None:
-        """Add a tile `1 C h w` to the statistics; tiles must partition the plane, without halo."""
+    @staticmethod
+    def measure(tile: Tensor) -> Sums:
+        """Return what a tile `1 C h w` adds to the statistics."""
         # By pixel, then channel: as tiles lie in memory.
         values = tile[0].permute(1, 2, 0).flatten(0, 1).to(torch.promote_types(tile.dtype, torch.float32))
         mean = values.mean(0)
-        self._sums.append((len(values), torch.stack([mean, (values - mean).square_().sum(0)])))
+        return len(values), torch.stack([mean, (values - mean).square_().sum(0)])
+
+    def add(self, sums: Sums) -> None:
+        """Add a measured tile to the statistics; tiles must partition the plane, without halo."""
+        self._sums.append(sums)
 
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU.
@@ -169,6 +187,7 @@ class Lane:
     def flush(self, keep: int = 0) -> None:
         """Wait until at most `keep` stored tiles are still on their way."""
         while len(self._pending) > keep:
-            done, plane, rows, columns, host = self._pending.pop(0)
+            done, plane, rows, columns, host = self._pending[0]
             done.synchronize()
             plane.write(rows, columns, host)
+            del self._pending[0]  # only now: the plane's memory may have run out

@@ -6,15 +6,21 @@ embedded model's. Those with global operations are recognised; `vae_stream` is f
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+
 Network = Callable[[Tensor], Tensor]
+Box = tuple[int, int, int, int]
+"""Rows and columns of an input: first and last, first and last."""
+SMALLEST_SIDE = 8  # latents; below, running out of memory is not the tile's fault
 
 
 @dataclass(frozen=True)
@@ -69,35 +75,68 @@ def count_tiles(size: tuple[int, int], tile: int) -> int:
     return math.ceil(size[0] / tile) * math.ceil(size[1] / tile)
 
 
-def run_tiled(network: Network, image: Tensor, reach: Reach | None, tile: int, on_tile: Callable[[], None]) -> Tensor:
-    """Return `network(image)` computed in cores of `tile` input pixels plus the halo.
+def run_tiled(
+    network: Network,
+    image: Tensor,
+    reach: Reach | None,
+    tile: int,
+    on_tile: Callable[[], None],
+    is_out_of_memory: Callable[[BaseException], bool] = lambda error: False,
+) -> Tensor:
+    """Return `network(image)` computed in cores of `tile` input pixels plus the halo, one picture at a time.
 
     Cores partition the input; each is read with `reach.halo` real neighbours, clipped at the true
-    borders, where the network's own zero padding applies as in the untiled run. One picture of
-    the batch is computed at a time. Without a reach, the whole batch is computed at once.
+    borders, where the network's own zero padding applies as in the untiled run. When memory runs
+    out, cores are halved from there on, down to a few latents. Without a reach, pictures are whole.
+    `on_tile` is called once per core of `tile`, or per picture.
     """
     if reach is None:
-        result = network(image)
-        on_tile()
-        return result
+        results = []
+        for one in image.split(1):
+            results.append(network(one))
+            on_tile()
+        return results[0] if len(results) == 1 else torch.cat(results)
     batch, _, height, width = image.shape
-    output = None
+    smallest, side, output = SMALLEST_SIDE * reach.scale.denominator, tile, None
     for index in range(batch):
-        for top in range(0, height, tile):
-            for left in range(0, width, tile):
-                core = _run_core(network, image[index : index + 1], top, left, reach, tile)
+        for whole in _cut((0, height, 0, width), tile):
+            boxes = [whole]
+            while boxes:
+                box = boxes.pop()
+                if max(box[1] - box[0], box[3] - box[2]) > side:
+                    boxes += reversed(list(_cut(box, side)))
+                    continue
+                core = None
+                # The except block must end before anything is tried again: the traceback keeps tensors alive.
+                try:
+                    core = _run_core(network, image[index : index + 1], box, reach)
+                except RuntimeError as error:
+                    if side <= smallest or not is_out_of_memory(error):
+                        raise
+                if core is None:
+                    side = max(smallest, side // 2 // smallest * smallest)
+                    log.warning("out of memory in the autoencoder: going on with tiles of %d", side)
+                    boxes.append(box)
+                    continue
                 if output is None:
                     size = int(height * reach.scale), int(width * reach.scale)
                     output = core.new_empty(batch, core.shape[1], *size)
-                y, x = int(top * reach.scale), int(left * reach.scale)
+                y, x = int(box[0] * reach.scale), int(box[2] * reach.scale)
                 output[index, :, y : y + core.shape[-2], x : x + core.shape[-1]] = core[0]
-                on_tile()
+            on_tile()
     return output
 
 
-def _run_core(network: Network, image: Tensor, top: int, left: int, reach: Reach, tile: int) -> Tensor:
-    height, width = image.shape[-2:]
-    bottom, right = min(top + tile, height), min(left + tile, width)
+def _cut(box: Box, side: int) -> Iterator[Box]:
+    """Yield parts of at most `side`, in reading order."""
+    y0, y1, x0, x1 = box
+    for top in range(y0, y1, side):
+        for left in range(x0, x1, side):
+            yield top, min(top + side, y1), left, min(left + side, x1)
+
+
+def _run_core(network: Network, image: Tensor, box: Box, reach: Reach) -> Tensor:
+    (height, width), (top, bottom, left, right) = image.shape[-2:], box
     y0, x0 = max(0, top - reach.halo), max(0, left - reach.halo)
     y1, x1 = min(height, bottom + reach.halo), min(width, right + reach.halo)
     result = network(image[..., y0:y1, x0:x1])

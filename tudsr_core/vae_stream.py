@@ -21,11 +21,10 @@ from torch.nn.functional import silu
 
 from .vae_graph import Attention, Step, grids
 from .vae_layers import attend, double, read_affine, read_doubling, scale_and_shift
-from .vae_planes import Lane, Plane, Span, reserve, spans
+from .vae_planes import Box, Lane, Plane, Span, halves, reserve, spans
 
 log = logging.getLogger(__name__)
 
-Box = tuple[Span, Span]
 Grid = tuple[list[Span], list[Span]]
 OnTile = Callable[[], None]
 SMALLEST_SIDE = 16  # on a step's own grid; below, running out of memory is not the tile's fault
@@ -171,9 +170,10 @@ class _Pass:
                 tile, put_aside = double(parts[0].to(self.dtype), *phases, rims), None
             else:
                 tile, put_aside = self._convolve_tile(affine, box, *parts)
-            self._store(y, box, tile, self.measure)
+            made = [(y, tile, self.measure)]
             if put_aside is not None:
-                self._store(aside, box, put_aside, self.place.dtype == torch.float16)
+                made.append((aside, put_aside, self.place.dtype == torch.float16))
+            self._store(box, made)
 
         used = [plane for plane in (self.x, self.skip if closing else None) if plane not in (None, aside)]
         self._sweep(fetch, compute, used)
@@ -229,7 +229,7 @@ class _Pass:
             keys, values = memory or (self._tokens(module, normed) for module in (self.step.k, self.step.v))
             mixed = attend(self._tokens(self.step.q, normed[core]), keys, values, self._chunk(keys))
             tile = self._project(mixed, box) + residual
-            self._store(y, box, tile if self.step.divide == 1 else tile / self.step.divide, self.measure)
+            self._store(box, [(y, tile if self.step.divide == 1 else tile / self.step.divide, self.measure)])
 
         self._sweep(lambda box: (self.lane.fetch(self.x, *around(box)),), compute, [] if windowed else [self.x])
         return y, self.skip
@@ -250,7 +250,7 @@ class _Pass:
             tokens = [self._tokens(module, normed) for module in (self.step.k, self.step.v)]
             if not memory:
                 size = tokens[0].shape[0], self.x.height * self.x.width, tokens[0].shape[2]
-                memory.extend(reserve(size, self.dtype, self.home) for _ in tokens)
+                memory.extend([reserve(size, self.dtype, self.home) for _ in tokens])
             for all_tokens, part in zip(memory, tokens, strict=True):
                 all_tokens[:, filled : filled + part.shape[1]].copy_(part)
             filled += tokens[0].shape[1]
@@ -284,11 +284,14 @@ class _Pass:
         wide = torch.promote_types(self.dtype, torch.float32)
         return tuple(value.view(1, -1, 1, 1).to(wide).to(self.place.device) for value in (scale, shift))
 
-    def _store(self, plane: Plane, box: Box, tile: Tensor, measure: bool) -> None:
-        tile = tile.to(plane.dtype)
-        if measure:
-            plane.measure(tile)
-        self.lane.store(plane, *box, tile)
+    def _store(self, box: Box, made: list[tuple[Plane, Tensor, bool]]) -> None:
+        """Put tiles into their planes; a box that runs out of memory here is computed again, but counted once."""
+        made = [(plane, tile.to(plane.dtype), measure) for plane, tile, measure in made]
+        sums = [(plane, plane.measure(tile)) for plane, tile, measure in made if measure]
+        for plane, tile, _ in made:
+            self.lane.store(plane, *box, tile)
+        for plane, measured in sums:
+            plane.add(measured)
 
     def _sweep(self, fetch: Callable[[Box], tuple], compute: Callable[[Box, tuple], None], used: list[Plane]) -> None:
         boxes = [(rows, columns) for rows in self.grid[0] for columns in self.grid[1]]
@@ -321,7 +324,7 @@ class _Pass:
                 raise MemoryError("out of memory in the autoencoder even with the smallest tiles; close other programs")
             self.limit = sides[0] * sides[1] // 2 + max(sides)
             log.warning("out of memory in the autoencoder: going on with tiles of half the size")
-        for half in _halves(box):
+        for half in halves(box):
             self._compute(half, None, fetch, compute)
 
     def _try(self, call: Callable, *args):  # noqa: ANN202
@@ -338,13 +341,3 @@ class _Pass:
 def _core(offsets, box: Box) -> tuple:  # noqa: ANN001
     (top, left), ((y0, y1), (x0, x1)) = offsets, box
     return ..., slice(top, top + y1 - y0), slice(left, left + x1 - x0)
-
-
-def _halves(box: Box) -> tuple[Box, Box]:
-    rows, columns = box
-    tall = rows[1] - rows[0] >= columns[1] - columns[0]
-    first, last = rows if tall else columns
-    middle = (first + last) // 4 * 2
-    if tall:
-        return ((first, middle), columns), ((middle, last), columns)
-    return (rows, (first, middle)), (rows, (middle, last))

@@ -7,17 +7,20 @@ Chooses how, per autoencoder: Stable Diffusion's are streamed step by step (`vae
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from weakref import WeakSet
+from math import prod
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .vae_graph import Side, Step, UnknownTree, grids, read_steps, run_untiled
+from .vae_graph import Side, Step, UnknownTree, grids, read_steps
 from .vae_reach import Network, Reach, find_reaches, run_tiled
 from .vae_reach import count_tiles as count_local_tiles
 from .vae_stream import Place, Tiling, count_tiles, run_steps
@@ -25,7 +28,9 @@ from .vae_stream import Place, Tiling, count_tiles, run_steps
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest value; half types: 0.1
-_proven: WeakSet[nn.Module] = WeakSet()
+POINTWISE = {"encoder": "quant_conv", "decoder": "post_quant_conv"}
+Result = TypeVar("Result")
+_proven: WeakKeyDictionary[nn.Module, set[Side]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -33,21 +38,25 @@ class Doors:
     """An autoencoder as its owner calls it.
 
     `encode` and `decode` take and give whole tensors, float32 on the CPU: pixels `B 3 H W` in 0..1,
-    moments (mean, log variance) or plain latents, unscaled. `prepare` and `finish` are what they do
-    around the network itself (0..1 to -1..1 and back).
+    and latents, unscaled, of a posterior the mode. `encode_with(vae, pixels)` and `decode_with(vae, z)`
+    do the same through any autoencoder of the kind, on whatever device it is, so that what the owner
+    does around encoder and decoder (scaling, packing) stays the owner's. `load(bytes)` brings the
+    weights to the device, with so much memory free.
     """
 
     encode: Network
     decode: Network
-    prepare: Network
-    finish: Network
+    encode_with: Callable[[nn.Module, Tensor], Tensor]
+    decode_with: Callable[[nn.Module, Tensor], Tensor]
+    load: Callable[[int], object] = lambda needed: None
 
 
 class TiledVAE:
     """An autoencoder of any kind, encoded and decoded in tiles.
 
     `scale`: pixels per latent. `latents`: channels of a latent. `free_bytes` says how much of the
-    device's memory is free, for `Tiling.planes` "auto".
+    device's memory is free, for `Tiling.planes` "auto". Whatever runs out of memory raises
+    MemoryError in the end; smaller tiles are tried first.
     """
 
     def __init__(
@@ -58,7 +67,7 @@ class TiledVAE:
 
     @cached_property
     def steps(self) -> dict[Side, list[Step]]:
-        """Encoder and decoder as steps; a side is missing if its module tree is not Stable Diffusion's."""
+        """Encoder and decoder as steps; a side is missing if it cannot be streamed."""
         try:
             return {side: read_steps(self.vae, side) for side in ("encoder", "decoder")}
         except UnknownTree as unknown:
@@ -74,36 +83,32 @@ class TiledVAE:
     @cached_property
     def reaches(self) -> tuple[Reach | None, Reach | None]:
         """`Reach` of encoder and decoder, None where the network is not local."""
-        like = torch.zeros(1)
-        return find_reaches(self.vae, self.doors.encode, self.doors.decode, self.scale, self.latents, like)
+        networks = self.vae, self.doors.encode, self.doors.decode
+        return self._guarded(lambda: find_reaches(*networks, self.scale, self.latents, torch.zeros(1)))
 
     @property
     def is_tiled(self) -> bool:
         """Whether device memory is bounded by the tile, not by the picture."""
         return len(self.steps) == 2 or all(self.reaches)
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor, on_tile: Callable[[], None], tiling: Tiling | None = None) -> Tensor:
-        """Return moments or latents, float32 on the CPU, of `B 3 H W` in 0..1."""
+    def encode(
+        self, pixels: Tensor, on_tile: Callable[[], None], tiling: Tiling | None = None, seed: int | None = None
+    ) -> Tensor:
+        """Return latents, unscaled float32 on the CPU, of `B 3 H W` in 0..1: of a posterior the mode, or a draw."""
         tiling = tiling or self.tiling
-        if self._streams("encoder"):
-            return self._stream("encoder", self.doors.prepare(pixels), on_tile, tiling)
-        return run_tiled(self.doors.encode, pixels, self.reaches[0], tiling.tile_px, on_tile)
+        return self._guarded(lambda: self._run("encoder", pixels, on_tile, tiling, seed))
 
-    @torch.no_grad()
     def decode(self, z: Tensor, on_tile: Callable[[], None], tiling: Tiling | None = None) -> Tensor:
         """Return pixels `B 3 H W`, nominally 0..1, float32 on the CPU, of unscaled latents."""
         tiling = tiling or self.tiling
-        if self._streams("decoder"):
-            return self.doors.finish(self._stream("decoder", z, on_tile, tiling))
-        return run_tiled(self.doors.decode, z, self.reaches[1], tiling.tile_px // self.scale, on_tile)
+        return self._guarded(lambda: self._run("decoder", z, on_tile, tiling))
 
     def count(self, side: Side, size: tuple[int, int], tiling: Tiling | None = None) -> int:
         """Return how often `on_tile` will be called for one picture of `size` pixels."""
         tiling = tiling or self.tiling
         if side in self.steps:
-            small = tuple(length // self.scale for length in size)
-            return count_tiles(self.steps[side], self._start(side), small if side == "decoder" else size, tiling)
+            start = self._start(side)
+            return count_tiles(self.steps[side], start, tuple(int(length * start) for length in size), tiling)
         return count_local_tiles(size, tiling.tile_px) if self.reaches[side == "decoder"] else 1
 
     def tile_bytes(self, tiling: Tiling | None = None) -> int:
@@ -120,42 +125,125 @@ class TiledVAE:
         channels = max((_live_channels(self.steps[s], self._start(s), half) for s in sides), default=0)
         return int(channels * pixels * self.place.dtype.itemsize)
 
-    def _start(self, side: Side) -> Fraction:
-        return Fraction(1) if side == "encoder" else Fraction(1, self.scale)
+    @torch.no_grad()
+    def _run(
+        self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: Tiling, seed: int | None = None
+    ) -> Tensor:
+        if self._streams(side):
+            self.doors.load(2 * self.tile_bytes(tiling))
+            return self._stream(side, x, on_tile, tiling, seed)
+        reach = self.reaches[side == "decoder"]
+        if seed is not None and reach is None:
+            log.warning("this autoencoder runs on whole pictures: the posterior's mode is used, not a sample")
+        network, tile = self.doors.encode, tiling.tile_px
+        if side == "decoder":
+            network, tile = self.doors.decode, tiling.tile_px // self.scale
+        return run_tiled(network, x, reach, tile, on_tile, self.place.is_out_of_memory)
 
-    def _stream(self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: Tiling) -> Tensor:
+    def _guarded(self, call: Callable[[], Result]) -> Result:
+        """Return the call's result; raises MemoryError, in one line, for what is out of memory at last."""
+        # What failed is let go before this raises: its traceback keeps tensors alive.
+        try:
+            return call()
+        except RuntimeError as error:
+            if not self.place.is_out_of_memory(error):
+                raise
+        raise MemoryError("out of memory in the autoencoder; close other programs, or use smaller tiles or pictures")
+
+    def _start(self, side: Side) -> Fraction:
+        """Return the grid of the encoder's or decoder's input; owners that pack latents have a coarser one."""
+        if side == "encoder":
+            return Fraction(1)
+        return Fraction(1, prod(2 for step in self.steps[side] if getattr(step, "resample", "") == "up"))
+
+    def _stream(
+        self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: Tiling, seed: int | None = None
+    ) -> Tensor:
+        """Return the owner's own result, with the steps in the place of its encoder or decoder."""
+        # A posterior's moments are twice the channels that the decoder takes.
+        latents = read_steps(self.vae, "decoder")[0].channels[0] if seed is not None else 0
+
+        def run(inner: Tensor) -> Tensor:
+            y = self._run_steps(side, inner, on_tile, tiling)
+            return y if seed is None else torch.cat([draw(y, latents, seed), y[:, latents:]], 1)
+
+        core = _Core(run)
+        through = self.doors.encode_with if side == "encoder" else self.doors.decode_with
+        result = through(_with_core(self.vae, side, core), x)
+        if not core.calls:
+            raise UnknownTree(f"{type(self.vae).__name__} does not call its {side}")
+        return result
+
+    def _run_steps(self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: Tiling) -> Tensor:
+        start = self._start(side)
         if tiling.planes == "auto":
-            area = x.shape[-2] * x.shape[-1] * (1 if side == "encoder" else self.scale**2)
+            area = int(x.shape[-2] * x.shape[-1] / start**2)
             needed = self.plane_bytes(area, side) + 2 * self.tile_bytes(tiling)
             fits = self.place.device.type == "cpu" or needed < self.free_bytes()
             tiling = replace(tiling, planes="device" if fits else "host")
-        parts = [run_steps(self.steps[side], self._start(side), one, self.place, tiling, on_tile) for one in x.split(1)]
+        parts = [run_steps(self.steps[side], start, one, self.place, tiling, on_tile) for one in x.split(1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _streams(self, side: Side) -> bool:
-        """Whether to stream: the tree is known, and on a small probe the steps give what the modules give."""
+        """Whether to stream: the tree is known, and on a small probe the steps give the owner's own result."""
         if side not in self.steps:
             return False
-        tree = getattr(self.vae, side)
-        if tree not in _proven:
-            if not self._agrees(side):
-                log.warning("the %s's steps do not give the modules' result; it runs on whole pictures", side)
+        proven = _proven.setdefault(self.vae, set())
+        if side not in proven:
+            if reason := self._difference(side):
+                log.warning(
+                    "the %s's steps do not give its owner's result (%s); it runs on whole pictures", side, reason
+                )
                 del self.steps[side]
                 return False
-            _proven.add(tree)
+            proven.add(side)
         return True
 
-    def _agrees(self, side: Side) -> bool:
-        unit, channels = (self.scale, 3) if side == "encoder" else (1, self.latents)
+    def _difference(self, side: Side) -> str:
+        """Say how steps and owner differ on a small picture of noise, "" if they do not."""
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(1, channels, 3 * unit, 2 * unit, generator=generator)
-        truth = run_untiled(self.vae, side, probe.to(self.place.device, self.place.dtype)).cpu()
-        if not truth.isfinite().all():
-            return True
-        tiling = Tiling(self.scale, "device")
-        ours = run_steps(self.steps[side], self._start(side), probe, self.place, tiling, lambda: None)
-        bound = TOLERANCE.get(self.place.dtype, 0.1) * float(truth.abs().max())
-        return ours.shape == truth.shape and float((ours - truth).abs().max()) <= bound
+        if side == "encoder":
+            probe = torch.rand(1, 3, 3 * self.scale, 2 * self.scale, generator=generator)
+            truth = self.doors.encode(probe)
+        else:
+            probe = torch.randn(1, self.latents, 3, 2, generator=generator)
+            truth = self.doors.decode(probe)
+        try:
+            ours = self._stream(side, probe, lambda: None, Tiling(self.scale, "device"))
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever an owner makes of an encoder that is none of its own
+            if self.place.is_out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {error}"
+        if ours.shape != truth.shape:
+            return f"{tuple(ours.shape)} instead of {tuple(truth.shape)}"
+        # float16 may overflow untiled, where the steps do not.
+        known = truth.isfinite()
+        error, most = (ours - truth)[known].abs(), truth[known].abs()
+        bound = TOLERANCE.get(self.place.dtype, 0.1)
+        return f"off by {error.max():.2g}" if known.any() and not error.max() <= bound * most.max() else ""
+
+
+class _Core(nn.Module):
+    """Stands where an owner calls its encoder or decoder, and counts the calls."""
+
+    def __init__(self, run: Network) -> None:
+        super().__init__()
+        self.run, self.calls = run, 0
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        self.calls += 1
+        return self.run(x)
+
+
+def _with_core(vae: nn.Module, side: Side, core: nn.Module) -> nn.Module:
+    """Return `vae` with `core` in place of one side and its pointwise convolution; `vae` itself is not touched."""
+    owner = copy.copy(vae)
+    owner._modules = vae._modules | {side: core}
+    if owner._modules.get(POINTWISE[side]) is not None:
+        owner._modules[POINTWISE[side]] = nn.Identity()
+    return owner
 
 
 def draw(moments: Tensor, latents: int, seed: int | None) -> Tensor:
