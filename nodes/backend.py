@@ -28,6 +28,9 @@ from .tile_text import TileTexts
 
 PREVIEW_SECONDS = 0.5
 MULTIPLE = 8
+# Pixels along one side of a latent, of ComfyUI's formats whose own are not 8; they do not say it themselves.
+LATENT_PX = {"ChromaRadiance": 1, "SC_B": 4, "SD_X4": 4, "Flux2": 16, "HunyuanImage21Refiner": 16}
+LATENT_PX |= {"HunyuanVideo15": 16, "Wan22": 16, "HunyuanImage21": 32, "LTXAV": 32, "LTXV": 32}
 
 
 class ComfyNetworks:
@@ -154,6 +157,14 @@ class _OneStepSampler(comfy.samplers.Sampler):
 
         self.result = self.body(predict)
         return noise
+
+
+def pixels_per_latent(model: Any | None) -> int:
+    """Return how many pixels one latent of a MODEL is wide; of none: 8, as Stable Diffusion's."""
+    if model is None:
+        return 8
+    latents = model.model.latent_format
+    return getattr(latents, "spacial_downscale_ratio", LATENT_PX.get(type(latents).__name__, 8))
 
 
 def estimate_memory_for(model: Any, key: str, tiles: int, size: Sequence[int]) -> None:

@@ -9,11 +9,11 @@ from ..tudsr_core.image import resize
 from ..tudsr_core.plan import MAX_FACTOR, MAX_PIXELS
 from ..tudsr_core.prompts import cut_tiles
 from ..tudsr_core.tiles import TilePlan, plan_tiles
+from .backend import pixels_per_latent
 from .images import rgb
 from .plan import draw_tiles
 from .tiles import CATEGORY, sampling_tile_inputs
 
-LATENT_PX = 8
 TilePlanType = io.Custom("TILE_PLAN")
 
 
@@ -32,8 +32,8 @@ def one_picture(image: torch.Tensor, node: str) -> torch.Tensor:
     return pixels[0]
 
 
-def latent_size(image, latent, scale: float, width: int, height: int) -> tuple[int, int]:
-    """Return rows and columns of the latent that will be sampled; raises ValueError if nothing says."""
+def latent_size(image, latent, scale: float, width: int, height: int, unit: int) -> tuple[int, int]:
+    """Return rows and columns of the latent (of `unit` pixels) to be sampled; raises ValueError if nothing says."""
     if latent is not None:
         return tuple(latent["samples"].shape[-2:])
     if image is None and not (width and height):
@@ -42,17 +42,17 @@ def latent_size(image, latent, scale: float, width: int, height: int) -> tuple[i
         if not 0 < scale <= MAX_FACTOR:
             raise ValueError(f"scale {scale:g} is not possible; use a factor up to {MAX_FACTOR:g}")
         width, height = width or round(image.shape[2] * scale), height or round(image.shape[1] * scale)
-    if min(width, height) < LATENT_PX:
-        raise ValueError(f"{width} x {height} is smaller than one latent ({LATENT_PX} px)")
+    if min(width, height) < unit:
+        raise ValueError(f"{width} x {height} is smaller than one latent ({unit} px)")
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} has more than {MAX_PIXELS:,} pixels; plan a smaller picture")
-    return height // LATENT_PX, width // LATENT_PX
+    return height // unit, width // unit
 
 
-def tell(plan: TilePlan, steps: int) -> str:
-    """Return size, tiles and network calls in words."""
-    height, width = plan.height * LATENT_PX, plan.width * LATENT_PX
-    side = f"{plan.tile_width * LATENT_PX} x {plan.tile_height * LATENT_PX}"
+def tell(plan: TilePlan, steps: int, unit: int) -> str:
+    """Return size, tiles and network calls in words; `unit`: pixels per latent."""
+    height, width = plan.height * unit, plan.width * unit
+    side = f"{plan.tile_width * unit} x {plan.tile_height * unit}"
     calls = len(plan) * steps
     return "\n".join(
         (
@@ -111,6 +111,12 @@ class PlanTiles(io.ComfyNode):
                 ),
                 io.Image.Input("image", optional=True, tooltip="The picture: small (then set scale) or enlarged."),
                 io.Latent.Input("latent", optional=True, tooltip="The latent to be sampled; its size wins over all."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that will sample. Connect it where a latent is not 8 pixels wide: the embedded "
+                    "model (4), Flux.2 and Wan 2.2 (16), HunyuanImage (32).",
+                ),
             ],
             outputs=[
                 TilePlanType.Output(display_name="plan"),
@@ -122,14 +128,17 @@ class PlanTiles(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, scale, width, height, tile, overlap, spacing, steps, image=None, latent=None) -> io.NodeOutput:
+    def execute(
+        cls, scale, width, height, tile, overlap, spacing, steps, image=None, latent=None, model=None
+    ) -> io.NodeOutput:
         if overlap >= tile:
             raise ValueError(f"overlap {overlap} must be smaller than the tile ({tile}); try {tile // 4}")
-        rows, columns = latent_size(image, latent, scale, width, height)
-        plan = plan_tiles(rows, columns, tile // LATENT_PX, overlap // LATENT_PX, spacing=spacing)
-        text, size = tell(plan, steps), (rows * LATENT_PX, columns * LATENT_PX)
+        unit = pixels_per_latent(model)
+        rows, columns = latent_size(image, latent, scale, width, height, unit)
+        plan = plan_tiles(rows, columns, tile // unit, overlap // unit, spacing=spacing)
+        text, size = tell(plan, steps, unit), (rows * unit, columns * unit)
         picture = torch.full((1, 3, 64, 64), 0.25) if image is None else rgb(image)[:1]
-        grid = draw_tiles(picture, plan, size, LATENT_PX)
+        grid = draw_tiles(picture, plan, size, unit)
         return io.NodeOutput(plan, grid, text, len(plan) * steps, ui=ui.PreviewText(text))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..tudsr_core.pipeline import UpscaleOptions
 from ..tudsr_core.plan import AUTO_TILES_PX
 from ..tudsr_core.tiles import Canvas, Tile, TilePlan, Window, plan_tiles
-from .backend import batches_tiles, estimate_memory_for
+from .backend import batches_tiles, estimate_memory_for, pixels_per_latent
 from .conds import HintCache, crop_conds, is_spatial
 from .tile_text import TilePromptsType, TileTexts
 
@@ -219,7 +219,7 @@ class MultiDiffusion(io.ComfyNode):
     def execute(cls, model, tile, overlap, tile_batch, window, jitter, tile_prompts=None, clip=None) -> io.NodeOutput:
         if overlap >= tile:
             raise ValueError(f"overlap {overlap} must be smaller than the tile ({tile}); try {tile // 4}")
-        scale = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
+        scale = pixels_per_latent(model)
         texts, size = None, (tile // scale, tile // scale)
         if tile_prompts is not None:
             texts = TileTexts(clip, tile_prompts)

@@ -4,7 +4,18 @@ COMFYUI_PYTHON tests/inside_tiled.py COMFYUI_PATH FILES     prints one JSON obje
 """
 
 import inside_comfyui as base  # first: it makes ComfyUI importable
-from inside_comfyui import HintControl, multidiffusion, noise, part, picture, sample, slow_reference, stub_model, text
+from inside_comfyui import (
+    NODES,
+    HintControl,
+    multidiffusion,
+    noise,
+    part,
+    picture,
+    sample,
+    slow_reference,
+    stub_model,
+    text,
+)
 
 import comfy.conds
 import comfy.controlnet
@@ -305,6 +316,66 @@ def check_memory_is_estimated_for_a_tile_of_all_frames_and_pictures():
     finally:
         comfy.sampler_helpers.estimate_memory = original
     assert seen == [(6, 16, 5, 12, 16)], seen
+
+
+def check_tiles_are_pixels_of_the_models_own_latents():
+    """One source for the sampler and for the plan: the MODEL."""
+    plans, formats = NODES["TUDSRTilePlan"], comfy.latent_formats
+    known = [(base.embedded()[0], 4), (stub_model(), 8), (stub_model(latents=formats.Wan22), 16)]
+    known += [(stub_model(latents=formats.HunyuanImage21), 32), (stub_model(latents=formats.LTXV), 32)]
+    known += [(stub_model(latents=formats.Flux2), 16)] if hasattr(formats, "Flux2") else []
+    for model, unit in known:
+        options = comfy.model_patcher.create_model_options_clone(multidiffusion(model, 512, 128).model_options)
+        (wrapped,) = options["transformer_options"]["wrappers"]["calc_cond_batch"]["tudsr_multidiffusion"]
+        assert (wrapped.tile, wrapped.overlap) == (512 // unit, 128 // unit)
+        out = plans.execute(4.0, 0, 0, 512, 128, "even", 1, image=picture(1, 160, 192), model=model).args
+        assert (out[0].height, out[0].width) == (640 // unit, 768 // unit)
+        assert (out[0].tile_height, out[0].overlap) == (512 // unit, 128 // unit)
+        assert "768 x 640 px: 2 x 2 = 4 tiles of 512 x 512 px" in out[2], out[2]
+        latent = {"samples": torch.zeros(1, 4, 640 // unit, 768 // unit)}
+        assert plans.execute(1.0, 0, 0, 512, 128, "even", 1, latent=latent, model=model).args[0] == out[0]
+
+
+SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpm_2", "ddim", "uni_pc", "euler_ancestral", "lcm")
+
+
+def sampled(model, start, name, positive):
+    """As comfy.sample does it, from noise and over steps, without guidance and with."""
+    sigmas = torch.tensor([6.0, 3.0, 1.2, 0.4, 0.0])
+    return [
+        comfy.sample.sample_custom(
+            model,
+            start,
+            cfg,
+            comfy.samplers.sampler_object(name),
+            sigmas,
+            positive,
+            text(-0.2),
+            torch.zeros_like(start),
+            disable_pbar=True,
+            seed=5,
+        )
+        for cfg in (1.0, 4.5)
+    ]
+
+
+def check_one_tile_is_comfyuis_own_sampling_to_the_bit():
+    """And many tiles of a network that sees one point at a time are, but for rounding."""
+    start, mask = noise(2, 4, 24, 30), torch.zeros(1, 24, 30)
+    mask[:, 5:17, 9:] = 1
+    cases = {
+        "words": text(0.3),
+        "areas and masks": text(0.9, area=(12, 20, 3, 4)) + text(0.5, mask=mask, mask_strength=0.7) + text(-0.4),
+    }
+    for kind, positive in cases.items():
+        for name in SAMPLERS:
+            plain = sampled(stub_model(), start, name, positive)
+            tiled = sampled(multidiffusion(stub_model(), 256, 64), start, name, positive)
+            assert all(torch.equal(a, b) for a, b in zip(plain, tiled, strict=True)), (kind, name)
+            plain = sampled(stub_model(True), start, name, positive)
+            tiled = sampled(multidiffusion(stub_model(True), 128, 64), start, name, positive)
+            errors = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(plain, tiled, strict=True)]
+            assert max(errors) < 1e-5, (kind, name, errors)
 
 
 if __name__ == "__main__":
