@@ -325,8 +325,7 @@ def check_tiles_are_pixels_of_the_models_own_latents():
     known += [(stub_model(latents=formats.HunyuanImage21), 32), (stub_model(latents=formats.LTXV), 32)]
     known += [(stub_model(latents=formats.Flux2), 16)] if hasattr(formats, "Flux2") else []
     for model, unit in known:
-        options = comfy.model_patcher.create_model_options_clone(multidiffusion(model, 512, 128).model_options)
-        (wrapped,) = options["transformer_options"]["wrappers"]["calc_cond_batch"]["tudsr_multidiffusion"]
+        (wrapped,) = multidiffusion(model, 512, 128).wrappers["calc_cond_batch"]["tudsr_multidiffusion"]
         assert (wrapped.tile, wrapped.overlap) == (512 // unit, 128 // unit)
         out = plans.execute(4.0, 0, 0, 512, 128, "even", 1, image=picture(1, 160, 192), model=model).args
         assert (out[0].height, out[0].width) == (640 // unit, 768 // unit)
