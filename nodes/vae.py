@@ -70,7 +70,7 @@ class VAEEncode(io.ComfyNode):
             inputs=[
                 io.Image.Input("pixels", tooltip="One or more pictures."),
                 io.Vae.Input(
-                    "vae", tooltip="Any Stable Diffusion VAE (1.x, 2.x, XL, 3), Flux's or Flux.2's, or the embedded model's."
+                    "vae", tooltip="A VAE of Stable Diffusion (1.x, 2.x, XL, 3), Flux, Flux.2 or the embedded model."
                 ),
                 *tiling_inputs(),
             ],
