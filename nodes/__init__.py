@@ -24,6 +24,7 @@ def load_extension():
         from .tiles import MultiDiffusion
         from .upscale import StageOne, StageTwo, Upscale
         from .vae import VAEDecode, VAEEncode
+        from .words import shows_warnings
     except Exception:
         log.exception("comfyui-tudsr could not be loaded")
         raise
@@ -55,6 +56,6 @@ def load_extension():
         """Gives ComfyUI the node classes."""
 
         async def get_node_list(self):
-            return nodes
+            return [shows_warnings(node) for node in nodes]
 
     return TUDSRExtension()

@@ -39,7 +39,7 @@ class ColorFix(io.ComfyNode):
                     "adain: match mean and contrast of each channel. none: only clamp.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The picture in its source's colours.")],
         )
 
     @classmethod

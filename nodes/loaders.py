@@ -92,7 +92,7 @@ def _adapter_inputs() -> list:
             default=1.0,
             min=0.0,
             max=2.0,
-            step=0.05,
+            step=0.01,
             tooltip="1 is as trained. Lower for a gentler, higher for a stronger effect.",
         ),
     ]
@@ -122,7 +122,7 @@ def _method_inputs() -> list:
             default=1.0,
             min=0.0,
             max=2.0,
-            step=0.05,
+            step=0.01,
             optional=True,
             tooltip="PiSA-SR only: weight of the pixel-level part. Raise it to remove more degradation, lower "
             "it to stay closer to the input. Other values than detail's take two evaluations per tile.",
@@ -132,7 +132,7 @@ def _method_inputs() -> list:
             default=1.0,
             min=0.0,
             max=2.0,
-            step=0.05,
+            step=0.01,
             optional=True,
             tooltip="PiSA-SR only: weight of the semantic part. Raise it for more invented texture, lower it "
             "for a plainer picture.",
@@ -172,8 +172,8 @@ class LoadAdapter(io.ComfyNode):
                 *_method_inputs(),
             ],
             outputs=[
-                io.Model.Output(display_name="model"),
-                io.Vae.Output(display_name="vae"),
+                io.Model.Output(display_name="model", tooltip="The MODEL with the adapter, for its stage."),
+                io.Vae.Output(display_name="vae", tooltip="The VAE with the adapter's changes, if it has any."),
                 io.Conditioning.Output(display_name="conditioning", tooltip="The method's own prompt, through CLIP."),
             ],
         )

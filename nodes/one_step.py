@@ -27,7 +27,7 @@ class OneStepSigmas(io.ComfyNode):
                 io.Model.Input("model", tooltip="The stage's MODEL; its adapter may carry the timestep."),
                 timestep_input(200),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas")],
+            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="The timestep's sigma and 0, for SamplerCustom.")],
         )
 
     @classmethod
@@ -51,7 +51,7 @@ class OneStepLatent(io.ComfyNode):
                 io.Model.Input("model", tooltip="The stage's MODEL; its adapter may carry the timestep."),
                 timestep_input(200),
             ],
-            outputs=[io.Latent.Output(display_name="latent")],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For SamplerCustom, without added noise.")],
         )
 
     @classmethod

@@ -17,7 +17,7 @@ from ..tudsr_core.tiles import TilePlan
 from .images import rgb
 from .stages import build_stage, combine
 from .tiles import CATEGORY, DEFAULTS, tile_inputs
-from .upscale import MODEL_TIP, native_size_input, published_input, target_from, target_inputs
+from .upscale import MODEL_TIP, long_edge_input, native_size_input, published_input, target_from, target_inputs
 
 
 class Plan(io.ComfyNode):
@@ -42,10 +42,11 @@ class Plan(io.ComfyNode):
                 tile_batch,
                 published_input(),
                 native_size_input(),
+                long_edge_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="The picture with the last stage's tiles."),
-                io.String.Output(display_name="text"),
+                io.String.Output(display_name="text", tooltip="The plan in words, as this node shows it."),
                 io.Int.Output(display_name="calls", tooltip="Number of network evaluations for one picture."),
             ],
             is_output_node=True,
@@ -65,13 +66,14 @@ class Plan(io.ComfyNode):
         tile_batch,
         published=DEFAULTS.published,
         native_size=DEFAULTS.native_size,
+        long_edge=0,
     ) -> io.NodeOutput:
         stage = build_stage(stage_one, vae, None, 1, 0)
         tiles = {"tile_px": tile, "overlap_px": overlap, "tile_batch": tile_batch}
         options = replace(DEFAULTS, **tiles, published=published, native_size=native_size)
         model = combine(stage, stage)
         pixels = rgb(image)
-        plan = plan_for(model, tuple(pixels.shape[-2:]), target_from(scale, width, height), options)
+        plan = plan_for(model, tuple(pixels.shape[-2:]), target_from(scale, width, height, long_edge), options)
         text = "\n".join(plan.describe())
         return io.NodeOutput(draw_grid(pixels[:1], plan), text, plan.calls, ui=ui.PreviewText(text))
 

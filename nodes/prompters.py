@@ -148,7 +148,7 @@ class ClipTags(io.ComfyNode):
                     default=CHOICE.least,
                     min=0.0,
                     max=6.0,
-                    step=0.1,
+                    step=0.01,
                     tooltip="How far a word must stand out (standard deviations over the list). Raise it for fewer, "
                     "surer words; lower it if tiles stay empty.",
                 ),
@@ -157,12 +157,12 @@ class ClipTags(io.ComfyNode):
                     default=CHOICE.specific,
                     min=0.0,
                     max=1.0,
-                    step=0.05,
+                    step=0.01,
                     tooltip="How much of what all tiles have in common is discounted. Raise it if every tile says the "
                     "same; lower it if tiles say odd things.",
                 ),
             ],
-            outputs=[PrompterType.Output(display_name="prompter")],
+            outputs=[PrompterType.Output(display_name="prompter", tooltip="For Extract Tile Prompts.")],
         )
 
     @classmethod

@@ -86,7 +86,10 @@ def edits_input() -> io.String.Input:
 def prompts_outputs() -> list:
     """Return TILE_PROMPTS and the descriptions."""
     return [
-        TilePromptsType.Output(display_name="tile_prompts"),
+        TilePromptsType.Output(
+            display_name="tile_prompts",
+            tooltip="For MultiDiffusion (Tiled), TUDSR Upscale or Tile Prompts to Conditioning.",
+        ),
         io.String.Output(
             display_name="texts", is_output_list=True, tooltip="What each tile says, in reading order, after edits."
         ),

@@ -77,8 +77,12 @@ class RegionConditioning(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive"),
-                io.Conditioning.Output(display_name="negative"),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="One entry per tile, for the sampler's positive."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="One entry per tile, for the sampler's negative."
+                ),
             ],
         )
 

@@ -81,7 +81,7 @@ class LoadDape(io.ComfyNode):
                     "or a converted .safetensors file.",
                 )
             ],
-            outputs=[PrompterType.Output(display_name="prompter")],
+            outputs=[PrompterType.Output(display_name="prompter", tooltip="For Extract Tile Prompts.")],
         )
 
     @classmethod
@@ -119,7 +119,7 @@ class LoadCaptioner(io.ComfyNode):
                     tooltip="Florence-2's task. Take the detailed one for longer sentences; BLIP does not know it.",
                 ),
             ],
-            outputs=[PrompterType.Output(display_name="prompter")],
+            outputs=[PrompterType.Output(display_name="prompter", tooltip="For Extract Tile Prompts.")],
         )
 
     @classmethod

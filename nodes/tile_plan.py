@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..tudsr_core.image import resize
-from ..tudsr_core.plan import MAX_FACTOR, MAX_PIXELS
+from ..tudsr_core.plan import MAX_FACTOR, MAX_PIXELS, fit_overlap
 from ..tudsr_core.prompts import cut_tiles
 from ..tudsr_core.tiles import TilePlan, plan_tiles
 from .backend import pixels_per_latent
@@ -82,7 +82,7 @@ class PlanTiles(io.ComfyNode):
                     default=1.0,
                     min=0.125,
                     max=64.0,
-                    step=0.5,
+                    step=0.01,
                     tooltip="Size to be sampled, relative to image. Set it to the enlargement if image is the "
                     "small picture; leave it at 1 if image is already enlarged. Not used with a latent.",
                 ),
@@ -119,9 +119,9 @@ class PlanTiles(io.ComfyNode):
                 ),
             ],
             outputs=[
-                TilePlanType.Output(display_name="plan"),
+                TilePlanType.Output(display_name="plan", tooltip="The tiles, for all nodes about this picture."),
                 io.Image.Output(display_name="grid", tooltip="The picture with its numbered tiles."),
-                io.String.Output(display_name="text"),
+                io.String.Output(display_name="text", tooltip="The plan in words, as this node shows it."),
                 io.Int.Output(display_name="calls", tooltip="Tiles times steps."),
             ],
             is_output_node=True,
@@ -131,8 +131,7 @@ class PlanTiles(io.ComfyNode):
     def execute(
         cls, scale, width, height, tile, overlap, spacing, steps, image=None, latent=None, model=None
     ) -> io.NodeOutput:
-        if overlap >= tile:
-            raise ValueError(f"overlap {overlap} must be smaller than the tile ({tile}); try {tile // 4}")
+        overlap = fit_overlap(tile, overlap)
         unit = pixels_per_latent(model)
         rows, columns = latent_size(image, latent, scale, width, height, unit)
         plan = plan_tiles(rows, columns, tile // unit, overlap // unit, spacing=spacing)
@@ -194,7 +193,7 @@ def context_input() -> io.Float.Input:
         default=0.0,
         min=0.0,
         max=1.0,
-        step=0.05,
+        step=0.01,
         tooltip="Surroundings to show with each tile, as a part of its side. Raise it if tiles are recognised "
         "poorly; lower it if prompts name things that are only in the neighbouring tiles.",
     )

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tudsr_core.pipeline import UpscaleOptions
-from ..tudsr_core.plan import AUTO_TILES_PX
+from ..tudsr_core.plan import AUTO_TILES_PX, fit_overlap
 from ..tudsr_core.tiles import Canvas, Tile, TilePlan, Window, plan_tiles
 from .backend import batches_tiles, estimate_memory_for, pixels_per_latent
 from .conds import HintCache, crop_conds, is_spatial
@@ -151,7 +151,7 @@ def tile_inputs(defaults: UpscaleOptions = DEFAULTS) -> list:
             max=2048,
             step=8,
             tooltip="Overlap of neighbouring tiles in output pixels. Raise it if you see a grid; "
-            "lower it for speed. A quarter of the tile is a good start.",
+            "lower it for speed. A quarter of the tile is a good start; what does not fit a tile becomes its half.",
         ),
         io.Int.Input(
             "tile_batch",
@@ -212,13 +212,12 @@ class MultiDiffusion(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The model's text encoder; needed with tile_prompts."),
             ],
-            outputs=[io.Model.Output(display_name="model")],
+            outputs=[io.Model.Output(display_name="model", tooltip="The MODEL in tiles, for any sampler.")],
         )
 
     @classmethod
     def execute(cls, model, tile, overlap, tile_batch, window, jitter, tile_prompts=None, clip=None) -> io.NodeOutput:
-        if overlap >= tile:
-            raise ValueError(f"overlap {overlap} must be smaller than the tile ({tile}); try {tile // 4}")
+        overlap = fit_overlap(tile, overlap)
         scale = pixels_per_latent(model)
         texts, size = None, (tile // scale, tile // scale)
         if tile_prompts is not None:

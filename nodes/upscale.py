@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..tudsr_core.color import COLOR_FIXES
 from ..tudsr_core.image import resize
-from ..tudsr_core.pipeline import UpscaleOptions, upscale
+from ..tudsr_core.pipeline import Model, UpscaleOptions, upscale
 from ..tudsr_core.plan import StageLimits, Target
 from .backend import Progress
+from .kept import Kept
 from .stages import build_stage, combine
 from .tile_text import TilePromptsType
 from .tiles import CATEGORY, DEFAULTS, tile_inputs
+
+_kept = Kept()
 
 MODEL_TIP = "MODEL of stage {}: from Load Embedded TUDSR Model, or SD2.1-base through Load TUDSR Adapter."
 
@@ -39,7 +46,9 @@ def shared_inputs() -> list:
             default=DEFAULTS.seed,
             min=0,
             max=2**31 - 1,
-            tooltip="Seed of that draw; without it, the picture does not depend on the seed.",
+            control_after_generate=False,
+            tooltip="Seed of what is drawn at random: the latent, or InvSR's noise. Without either, the picture "
+            "does not depend on the seed, and another seed computes nothing anew.",
         ),
         io.Mask.Input(
             "mask", optional=True, tooltip="Transparency of the picture, as Load Image gives it; comes out enlarged."
@@ -113,7 +122,12 @@ def tile_prompt_inputs() -> list:
 
 def outputs() -> list:
     """Return picture and mask."""
-    return [io.Image.Output(display_name="image"), io.Mask.Output(display_name="mask")]
+    return [
+        io.Image.Output(display_name="image", tooltip="The enlarged pictures."),
+        io.Mask.Output(
+            display_name="mask", tooltip="Their transparency, enlarged; Join Image with Alpha puts it back."
+        ),
+    ]
 
 
 def options_from(values: dict) -> UpscaleOptions:
@@ -131,14 +145,26 @@ def options_from(values: dict) -> UpscaleOptions:
     )
 
 
-def run(image: Tensor, mask: Tensor | None, model, target: Target, options: UpscaleOptions) -> io.NodeOutput:
-    """Call the core on `B H W C` and an optional mask, return IMAGE and MASK."""
+def run(
+    image: Tensor, mask: Tensor | None, model: Model, target: Target, options: UpscaleOptions, given: Sequence[Any]
+) -> io.NodeOutput:
+    """Call the core on `B H W C` and an optional mask, return IMAGE and MASK.
+
+    `given` are the objects that `model` was made of. The last result is returned again when all is as
+    it was, but for a seed that draws nothing.
+    """
+    stages = [(stage.name, stage.steps) for stage in (model.first, model.second) if stage]
+    values = target, options if model.draws(options) else replace(options, seed=0), model.limits, stages
+    if made := _kept.find(image, (mask, *given), values):
+        return io.NodeOutput(*made)
     pixels = image.movedim(-1, 1).float()
     if mask is not None and pixels.shape[1] == 3:
         pixels = torch.cat([pixels, 1 - _fit_mask(mask, pixels)], 1)
     result = upscale(pixels, model, target, options, Progress(model.first.networks.model)).movedim(1, -1)
     alpha = 1 - result[..., 3] if result.shape[-1] == 4 else torch.zeros(result.shape[:3])
-    return io.NodeOutput(result[..., :3], alpha)
+    made = result[..., :3], alpha
+    _kept.keep(image, (mask, *given), values, made)
+    return io.NodeOutput(*made)
 
 
 def _fit_mask(mask: Tensor, pixels: Tensor) -> Tensor:
@@ -154,22 +180,36 @@ def _fit_mask(mask: Tensor, pixels: Tensor) -> Tensor:
     return mask.expand(len(pixels), -1, -1, -1)
 
 
-def target_from(scale: float, width: int, height: int) -> Target:
-    """Return the target: a width or height above 0 wins over the factor."""
-    return Target(width=width or None, height=height or None) if width or height else Target(scale=scale)
+def target_from(scale: float, width: int, height: int, long_edge: int = 0) -> Target:
+    """Return the target: sizes above 0 win over the factor."""
+    if width or height or long_edge:
+        return Target(width=width or None, height=height or None, long_edge=long_edge or None)
+    return Target(scale=scale)
 
 
 def target_inputs() -> list:
     """Return factor, width and height."""
     return [
         io.Float.Input(
-            "scale", default=4.0, min=1.0, max=64.0, step=0.5, tooltip="Enlarge by this factor; any number works."
+            "scale", default=4.0, min=1.0, max=64.0, step=0.01, tooltip="Enlarge by this factor; any number works."
         ),
         io.Int.Input("width", default=0, min=0, max=65536, tooltip="Enlarge to this width instead; 0: use the scale."),
         io.Int.Input(
             "height", default=0, min=0, max=65536, tooltip="Enlarge to this height instead; 0: use the scale."
         ),
     ]
+
+
+def long_edge_input() -> io.Int.Input:
+    """Return the last of the target's inputs: optional and behind all others, so that older workflows still fit."""
+    return io.Int.Input(
+        "long_edge",
+        default=0,
+        min=0,
+        max=65536,
+        optional=True,
+        tooltip="Enlarge until the longer side has this length instead; 0: use the scale, width or height.",
+    )
 
 
 class Upscale(io.ComfyNode):
@@ -194,6 +234,7 @@ class Upscale(io.ComfyNode):
                 *tile_prompt_inputs(),
                 published_input(),
                 native_size_input(),
+                long_edge_input(),
             ],
             outputs=outputs(),
         )
@@ -212,16 +253,19 @@ class Upscale(io.ComfyNode):
         mask=None,
         tile_prompts=None,
         clip=None,
+        long_edge=0,
         **options,
     ) -> io.NodeOutput:
         first = build_stage(stage_one, vae, conditioning, 1, 0, tile_prompts, clip)
         second = build_stage(stage_two, vae, conditioning, 2, 0) if stage_two is not None else None
-        return run(image, mask, combine(first, second), target_from(scale, width, height), options_from(options))
+        target = target_from(scale, width, height, long_edge)
+        given = stage_one, stage_two, vae, conditioning, tile_prompts, clip
+        return run(image, mask, combine(first, second), target, options_from(options), given)
 
 
-def _single(image, stage, factor, mask, options) -> io.NodeOutput:
+def _single(image, stage, factor, mask, options, given) -> io.NodeOutput:
     alone = combine(stage, None, StageLimits(first_max=factor, single_up_to=factor))
-    return run(image, mask, alone, Target(scale=factor), options_from(options))
+    return run(image, mask, alone, Target(scale=factor), options_from(options), given)
 
 
 class StageOne(io.ComfyNode):
@@ -244,7 +288,7 @@ class StageOne(io.ComfyNode):
                     default=4.0,
                     min=1.0,
                     max=8.0,
-                    step=0.5,
+                    step=0.01,
                     tooltip="Factor M of this stage; 2 to 4 as trained.",
                 ),
                 timestep_input(200),
@@ -261,7 +305,7 @@ class StageOne(io.ComfyNode):
         cls, image, model, vae, conditioning, factor, timestep, mask=None, tile_prompts=None, clip=None, **options
     ) -> io.NodeOutput:
         stage = build_stage(model, vae, conditioning, 1, timestep, tile_prompts, clip)
-        return _single(image, stage, factor, mask, options)
+        return _single(image, stage, factor, mask, options, (model, vae, conditioning, tile_prompts, clip))
 
 
 class StageTwo(io.ComfyNode):
@@ -280,7 +324,7 @@ class StageTwo(io.ComfyNode):
                 io.Model.Input("model", tooltip=MODEL_TIP.format("two")),
                 vae_input(),
                 conditioning_input(),
-                io.Float.Input("factor", default=2.0, min=1.0, max=4.0, step=0.5, tooltip="Factor N; 2 as trained."),
+                io.Float.Input("factor", default=2.0, min=1.0, max=4.0, step=0.01, tooltip="Factor N; 2 as trained."),
                 timestep_input(50),
                 *shared_inputs(),
                 published_input(),
@@ -291,4 +335,5 @@ class StageTwo(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, model, vae, conditioning, factor, timestep, mask=None, **options) -> io.NodeOutput:
-        return _single(image, build_stage(model, vae, conditioning, 2, timestep), factor, mask, options)
+        stage = build_stage(model, vae, conditioning, 2, timestep)
+        return _single(image, stage, factor, mask, options, (model, vae, conditioning))

@@ -74,7 +74,7 @@ class VAEEncode(io.ComfyNode):
                 ),
                 *tiling_inputs(),
             ],
-            outputs=[io.Latent.Output(display_name="latent")],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="What VAE Encode would give.")],
         )
 
     @classmethod
@@ -107,7 +107,7 @@ class VAEDecode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the model that made the latent."),
                 *tiling_inputs(),
             ],
-            outputs=[io.Image.Output(display_name="image")],
+            outputs=[io.Image.Output(display_name="image", tooltip="What VAE Decode would give.")],
         )
 
     @classmethod

@@ -522,7 +522,7 @@ def check_tile_plan_counts_before_the_run():
     plan = node.execute(4.0, 0, 0, 128, 48, "even", 1, image=torch.rand(1, 9, 9, 3), latent=latent).args[0]
     assert (plan.height, plan.width) == (37, 50)
     assert node.execute(1.0, 400, 296, 128, 48, "even", 1).args[0] == plan
-    for wrong in (dict(tile=512, overlap=512, width=64, height=64), dict(tile=512, overlap=0, width=64, height=0)):
+    for wrong in (dict(tile=512, overlap=-8, width=64, height=64), dict(tile=512, overlap=0, width=64, height=0)):
         try:
             node.execute(1.0, spacing="even", steps=1, **wrong)
         except ValueError:

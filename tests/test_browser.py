@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from browser import fit, open_page, run_graph, shoot
+import pytest
+from browser import fit, open_page, run_graph, shoot, wait_until_ready
 from comfyui import PACK
 from PIL import Image
 
@@ -43,3 +44,76 @@ def drop(page, path: Path) -> None:
     )
     page.wait_for_function("() => app.graph._nodes.some(n => n.type == 'TUDSRUpscale')", timeout=20000)
     page.wait_for_timeout(1000)
+
+
+PLAN = {
+    "1": {"class_type": "LoadImage", "inputs": {"image": "example.png"}},
+    "2": {"class_type": "TUDSRLoadEmbedded", "inputs": {}},
+    "3": {
+        "class_type": "TUDSRPlan",
+        "inputs": {"image": ["1", 0], "stage_one": ["2", 0], "vae": ["2", 2], "scale": 4.0, "width": 0, "height": 0}
+        | {"tile": 128, "overlap": 128, "tile_batch": 0},
+    },
+}
+
+
+def shown_texts(page):
+    """Return what read-only boxes on nodes show."""
+    return page.evaluate("() => [...document.querySelectorAll('textarea')].filter(e => e.readOnly).map(e => e.value)")
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "vue"])
+def test_what_is_typed_is_run_and_what_a_node_says_is_seen(browser_server, vue):
+    with open_page(browser_server.url, vue=vue) as page:
+        page.evaluate("async api => { await app.loadApiJson(JSON.parse(api), 'plan') }", json.dumps(PLAN))
+        fit(page)
+        page.evaluate(
+            """() => {
+                const widget = app.graph._nodes.find(n => n.type == 'TUDSRPlan').widgets.find(w => w.name == 'scale');
+                widget.setValue?.(3.14, {e: {}, node: widget.node, canvas: app.canvas})
+                    ?? (widget.value = 3.14, widget.callback?.(3.14));
+            }"""
+        )
+        run_graph(page)
+        (ran,) = [one["prompt"][2] for one in newest(browser_server)]
+        assert ran["3"]["inputs"]["scale"] == 3.14
+        assert set(ran["3"]["inputs"]).isdisjoint({"says"})
+        wanted = "200 x 133 to 628 x 418"
+        assert any(wanted in text and "64 is used" in text for text in shown_texts(page))
+        assert wanted not in page.evaluate("() => JSON.stringify(app.graph.serialize())")
+        page.evaluate(
+            """async () => {
+                const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker;
+                tracker.checkState();
+                const node = app.graph._nodes.find(n => n.type == 'TUDSRPlan');
+                node.pos = [node.pos[0] + 40, node.pos[1]];
+                tracker.checkState();
+                await tracker.undo();
+            }"""
+        )
+        page.wait_for_timeout(1000)
+        assert any(wanted in text for text in shown_texts(page))
+        page.reload()
+        wait_until_ready(page)
+        page.wait_for_timeout(1000)
+        assert any(wanted in text for text in shown_texts(page))
+
+
+def newest(server):
+    """Return the last run of the server's history, in a list."""
+    history = list(server.get("/history").values())
+    return [max(history, key=lambda one: one["prompt"][0])]
+
+
+def test_workflows_with_a_control_behind_the_seed_keep_their_places(browser_server):
+    with open_page(browser_server.url) as page:
+        workflow = json.loads(TEMPLATE.read_text("utf-8"))
+        (node,) = [node for node in workflow["nodes"] if node["type"] == "TUDSRUpscale"]
+        node["widgets_values"] = [*node["widgets_values"][:10], "randomize"]
+        page.evaluate("async text => { await app.loadGraphData(JSON.parse(text)) }", json.dumps(workflow))
+        values = page.evaluate(
+            """() => Object.fromEntries(app.graph._nodes.find(n => n.type == 'TUDSRUpscale').widgets
+                .map(w => [w.name, w.value]))"""
+        )
+        assert (values["seed"], values["published"], values["long_edge"]) == (0, False, 0)
+        assert "control_after_generate" not in values

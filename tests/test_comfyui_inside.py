@@ -19,6 +19,7 @@ SCRIPTS = [
         "inside_tiled.py",
         "inside_vae.py",
         "inside_refusals.py",
+        "inside_widgets.py",
     )
 ]
 CHECKS = [

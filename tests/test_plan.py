@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tudsr_core.pipeline import UpscaleOptions
 from tudsr_core.plan import NetworkFacts, StageLimits, Target, fit_tile, plan_upscale, split_factor
+from tudsr_core.zoom import ZoomOptions
 
 SD = NetworkFacts(latent_scale=8, multiple=64, weight_bytes=2**30, tile_bytes_per_pixel=1000)
 
@@ -77,6 +79,15 @@ def test_too_many_pixels_are_refused():
 def test_tiles_that_do_not_fit_the_model_are_refused(tile):
     with pytest.raises(ValueError, match=r"tile|overlap"):
         plan_upscale((64, 64), Target(scale=2), SD, StageLimits(), **tile)
+
+
+@pytest.mark.parametrize(
+    ("tile", "overlap", "used"), [(128, 128, 64), (0, 512, 256), (72, 80, 32), (128, 120, 120), (0, 128, 128)]
+)
+def test_an_overlap_that_does_not_fit_follows_the_tile_and_says_so(tile, overlap, used, caplog):
+    assert UpscaleOptions(tile, overlap).overlap_px == ZoomOptions(tile, overlap).overlap_px == used
+    said = f"overlap {overlap} is not smaller than the tile ({tile or 512}); {used} is used"
+    assert (said in caplog.text) == (used != overlap)
 
 
 def test_plan_of_an_extreme_strip():

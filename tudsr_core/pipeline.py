@@ -17,7 +17,7 @@ from torch import Tensor
 from .color import ColorFix, match_color
 from .image import join_alpha, pad_to, resize, split_alpha
 from .methods import Method, Tiling
-from .plan import NetworkFacts, StageLimits, StagePlan, Target, UpscalePlan, plan_upscale
+from .plan import NetworkFacts, StageLimits, StagePlan, Target, UpscalePlan, fit_overlap, plan_upscale
 from .schedule import OneStep
 from .sweep import Sweep, fitting_batch
 from .tiles import Canvas, Tile, Window, plan_tiles
@@ -107,6 +107,10 @@ class Model:
             )
         return [self.first] + [self.second] * (count - 1)
 
+    def draws(self, options: UpscaleOptions) -> bool:
+        """Return whether anything is drawn at random, so that the picture depends on the seed."""
+        return options.sample_posterior or any(stage and stage.predictor for stage in (self.first, self.second))
+
 
 @dataclass(frozen=True)
 class UpscaleOptions:
@@ -116,7 +120,8 @@ class UpscaleOptions:
     in free memory. `published`: as the method's own script does it; tile, overlap and window are then
     the method's (`Method.tiling`), and those given here are not used. `native_size`: networks make no
     smaller pictures than those they were trained on (`Method.native_px`); smaller ones are enlarged
-    before and shrunk after, or padded, as the method's own script does.
+    before and shrunk after, or padded, as the method's own script does. An overlap that is not
+    smaller than the tile follows it, see `fit_overlap`.
     """
 
     tile_px: int = 0
@@ -128,6 +133,9 @@ class UpscaleOptions:
     seed: int = 0
     published: bool = False
     native_size: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "overlap_px", fit_overlap(self.tile_px, self.overlap_px))
 
 
 def plan_for(model: Model, source: tuple[int, int], target: Target, options: UpscaleOptions) -> UpscalePlan:

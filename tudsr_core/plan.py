@@ -6,17 +6,21 @@ Pure arithmetic on sizes; no tensor and no network is touched.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from dataclasses import dataclass
 
 from .methods import Tiling
 from .tiles import TilePlan, plan_tiles
 
+log = logging.getLogger(__name__)
+
 MAX_FACTOR = 64.0
 MIN_SECOND = 1.25  # nineteen stages to MAX_FACTOR
 MAX_PIXELS = 2**30
 MAX_GROWN = 2**26  # pixels of a result that is made larger than asked: narrow strips would become huge
 AUTO_TILES_PX = (512, 576, 640)  # what Stable Diffusion 2.1-base was trained at, and a little above
+OVERLAP_STEP = 8  # pixels
 
 Size = tuple[int, int]
 
@@ -291,6 +295,19 @@ def check_tiles(tile_px: int, overlap_px: int, tile_batch: int, facts: NetworkFa
         )
     if tile_batch < 0:
         raise ValueError(f"tile batch {tile_batch} must be at least 1, or 0 to let free memory decide")
+
+
+def fit_overlap(tile_px: int, overlap_px: int) -> int:
+    """Return `overlap_px`, or half the tile, said in a warning, where it is not smaller than the tile.
+
+    So a smaller tile alone can be asked for: its overlap follows. `tile_px` 0 stands for 512.
+    """
+    tile_px = tile_px or AUTO_TILES_PX[0]
+    if overlap_px < tile_px:
+        return overlap_px
+    fitting = tile_px // 2 // OVERLAP_STEP * OVERLAP_STEP
+    log.warning("overlap %d is not smaller than the tile (%d); %d is used", overlap_px, tile_px, fitting)
+    return fitting
 
 
 def fit_tile(padded: Size, overlap_px: int, facts: NetworkFacts) -> Size:

@@ -19,7 +19,7 @@ from .color import ColorFix, match_color
 from .files import temporary_beside
 from .image import join_alpha, pad_to_multiple, resize, split_alpha
 from .pipeline import Progress, Tick, check_image
-from .plan import NetworkFacts, Size, Target, check_tiles
+from .plan import NetworkFacts, Size, Target, check_tiles, fit_overlap
 from .prompts import Style, TilePrompter, TilePrompts, cut_tiles, describe
 from .sampling import SampleOptions, TextNetworks, TilePair, count_calls, draw, noised, sample
 from .tiles import Spacing, TilePlan, plan_tiles
@@ -47,6 +47,7 @@ class ZoomOptions:
     spacing: Spacing = "even"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "overlap_px", fit_overlap(self.tile_px, self.overlap_px))
         if self.start not in ("picture", "noise"):
             raise ValueError(f"start is {self.start!r}; use 'picture' or 'noise'")
         if self.start == "noise" and self.sample.strength < 1:

@@ -1,0 +1,152 @@
+"""Checks of widgets and of what nodes say, inside ComfyUI; `test_comfyui_inside.py` starts this file.
+
+COMFYUI_PYTHON tests/inside_widgets.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+"""
+
+import gc
+import math
+
+import inside_comfyui as base  # first: it makes ComfyUI importable
+from inside_comfyui import NODES, embedded, part, picture, stub_model, upscale
+from inside_tiled import refused
+
+import comfy.model_base
+import torch
+
+
+def said(output):
+    """Return the text that the node shows, empty if none."""
+    shown = output.ui or {}
+    shown = shown if isinstance(shown, dict) else shown.as_dict()
+    return "\n".join(shown.get("text", ()))
+
+
+class CountedCalls:
+    """Counts how often any network is run."""
+
+    def __enter__(self):
+        self.calls, self.apply = 0, comfy.model_base.BaseModel.apply_model
+
+        def apply(model, *args, **kwargs):
+            self.calls += 1
+            return self.apply(model, *args, **kwargs)
+
+        comfy.model_base.BaseModel.apply_model = apply
+        return self
+
+    def __exit__(self, *_):
+        comfy.model_base.BaseModel.apply_model = self.apply
+
+
+def inputs_of(node):
+    info = node.GET_NODE_INFO_V1()
+    info = info if isinstance(info, dict) else vars(info)
+    return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+
+
+def check_every_float_takes_two_decimals():
+    """The browser rounds what is typed to as many decimals as the step has, or to `round`."""
+    for name, node in NODES.items():
+        for widget, (kind, options, *_) in inputs_of(node).items():
+            if kind == "FLOAT":
+                decimals = -math.floor(math.log10(options.get("step", 0.5)))
+                assert decimals >= 2, f"{name}.{widget}: 3.14 becomes {round(3.14, decimals)}"
+                assert not options.get("round") or options["round"] <= 0.01, f"{name}.{widget}"
+
+
+def check_no_seed_changes_by_itself():
+    for name, node in NODES.items():
+        for widget in ("seed", "noise_seed"):
+            if widget in (inputs := inputs_of(node)):
+                assert inputs[widget][1].get("control_after_generate") is False, f"{name}.{widget}"
+
+
+def check_every_output_has_a_tooltip():
+    for name, node in NODES.items():
+        for output in node.GET_SCHEMA().outputs:
+            assert output.tooltip, f"{name}.{output.display_name}"
+
+
+def check_a_seed_that_draws_nothing_computes_nothing():
+    image, models = picture(1, 20, 24), embedded()
+    with CountedCalls() as counted:
+        first = upscale(4.0, image, models)
+        once = counted.calls
+        assert once > 0
+        again = upscale(4.0, image, models, seed=7)
+        assert counted.calls == once and again.args[0] is first.args[0]
+        drawn = upscale(4.0, image, models, seed=7, sample_posterior=True)
+        assert counted.calls == 2 * once
+        upscale(4.0, image, models, seed=8, sample_posterior=True)
+        assert counted.calls == 3 * once
+        other = upscale(4.0, image.clone(), models)
+        assert counted.calls == 4 * once and torch.equal(other.args[0], first.args[0])
+        upscale(4.0, image, embedded(), seed=1)
+        assert counted.calls == 5 * once
+    assert drawn.args[0].shape == first.args[0].shape
+
+
+def check_masks_sizes_and_timesteps_are_part_of_what_is_kept():
+    image, models, masks = picture(1, 16, 16), embedded(), torch.zeros(2, 1, 16, 16)
+    stage = {"factor": 2.0, "timestep": 0} | base.OPTIONS
+    with CountedCalls() as counted:
+        calls = 0
+        for changes in ({}, {"mask": masks[0]}, {"mask": masks[1]}, {"long_edge": 48}, {"tile": 64}):
+            upscale(2.0, image, models, **changes)
+            assert counted.calls > calls, changes
+            calls = counted.calls
+        for timestep in (0, 100, 120):
+            NODES["TUDSRStageOne"].execute(image, models[0], *models[2:], **(stage | {"timestep": timestep}))
+            assert counted.calls > calls, timestep
+            calls = counted.calls
+
+
+def check_nothing_is_kept_beyond_its_picture():
+    kept = part("nodes.upscale")._kept._by_image
+    gc.collect()
+    before, image = len(kept), picture(1, 16, 16)
+    upscale(2.0, image)
+    assert len(kept) == before + 1
+    del image
+    gc.collect()
+    assert len(kept) == before
+
+
+def check_the_overlap_follows_a_small_tile_and_says_so():
+    image, models = picture(1, 40, 40), embedded()
+    word = "overlap 128 is not smaller than the tile (128); 64 is used"
+    made = upscale(4.0, image, models, tile=128, overlap=128)
+    assert word in said(made)
+    assert torch.equal(made.args[0], upscale(4.0, image, models, tile=128, overlap=64).args[0])
+    assert not said(upscale(4.0, image, models, tile=128, overlap=64))
+    plan = NODES["TUDSRPlan"].execute(image, models[0], models[2], 4.0, 0, 0, 128, 128, 1)
+    assert word in said(plan) and word not in plan.args[1]
+    assert said(plan).startswith("40 x 40 to 160 x 160")
+    tiles = NODES["TUDSRTilePlan"].execute(1.0, 640, 640, 128, 128, "even", 1)
+    assert word in said(tiles) and tiles.args[0].overlap == 8
+    assert word in said(NODES["TUDSRMultiDiffusion"].execute(stub_model(), 128, 128, 1, "uniform", False))
+
+
+def check_only_the_warnings_of_the_run_are_shown():
+    log = part("nodes.stages").log
+    log.warning("of nobody")
+    made = upscale(2.0, picture(1, 16, 16), tile=128, overlap=256)
+    assert said(made).splitlines() == ["Note: overlap 256 is not smaller than the tile (128); 64 is used"]
+
+
+def check_the_longer_edge_is_a_target():
+    image, models = picture(1, 20, 30), embedded()
+    assert upscale(4.0, image, models, long_edge=75).args[0].shape == (1, 50, 75, 3)
+    assert upscale(4.0, image.transpose(1, 2), models, long_edge=75).args[0].shape == (1, 75, 50, 3)
+    plan = NODES["TUDSRPlan"].execute(image, models[0], models[2], 4.0, 0, 0, 0, 128, 1, long_edge=75)
+    assert plan.args[1].startswith("30 x 20 to 75 x 50")
+    call = dict(stage_two=models[1], long_edge=75) | base.OPTIONS
+    refused(
+        lambda: NODES["TUDSRUpscale"].execute(image, models[0], *models[2:], 4.0, 75, 0, **call),
+        "exactly one of scale, width / height, or long edge",
+    )
+    refused(lambda: upscale(4.0, image, models, long_edge=29), "smaller than the picture")
+
+
+if __name__ == "__main__":
+    base.main(globals())
