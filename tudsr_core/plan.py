@@ -300,10 +300,11 @@ def check_tiles(tile_px: int, overlap_px: int, tile_batch: int, facts: NetworkFa
 def fit_overlap(tile_px: int, overlap_px: int) -> int:
     """Return `overlap_px`, or half the tile, said in a warning, where it is not smaller than the tile.
 
-    So a smaller tile alone can be asked for: its overlap follows. `tile_px` 0 stands for 512.
+    So a smaller tile alone can be asked for: its overlap follows. `tile_px` 0 stands for 512. Nothing
+    follows a tile that `check_tiles` will refuse.
     """
     tile_px = tile_px or AUTO_TILES_PX[0]
-    if overlap_px < tile_px:
+    if overlap_px < tile_px or tile_px < 2 * OVERLAP_STEP or tile_px % OVERLAP_STEP:
         return overlap_px
     fitting = tile_px // 2 // OVERLAP_STEP * OVERLAP_STEP
     log.warning("overlap %d is not smaller than the tile (%d); %d is used", overlap_px, tile_px, fitting)
