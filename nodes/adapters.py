@@ -21,6 +21,21 @@ from ..tudsr_core.tensor_files import CheckpointError, some
 ADVICE = "it was made for another base model, use SD2.1-base (SD-Turbo for InvSR)"
 # Growth of memory per pixel of the predictor's input, measured at 128 x 128 in float32.
 PREDICTOR_BYTES = 24_000
+# Every convolution and linear that diffusers' KL encoders can have: what an adapter may say it changes.
+BLOCKS = range(8)
+ENCODER_MODULES = [
+    "encoder.conv_in",
+    "encoder.conv_out",
+    *(f"encoder.mid_block.attentions.0.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"encoder.mid_block.resnets.{i}.{name}" for i in (0, 1) for name in ("conv1", "conv2")),
+    *(f"encoder.down_blocks.{i}.downsamplers.0.conv" for i in BLOCKS),
+    *(
+        f"encoder.down_blocks.{i}.resnets.{j}.{name}"
+        for i in BLOCKS
+        for j in BLOCKS
+        for name in ("conv1", "conv2", "conv_shortcut")
+    ),
+]
 
 
 def apply(patcher: Any, patch: Patch, keys: dict[str, str], name: str, network: str, strength: float = 1.0) -> Any:
@@ -37,10 +52,15 @@ def apply(patcher: Any, patch: Patch, keys: dict[str, str], name: str, network: 
             f"({some(homeless)}); {ADVICE}"
         )
     weights = {path: comfy.utils.get_attr(patcher.model, keys[path]) for path in wanted}
-    wrong = [path for path, low in patch.lows.items() if not low.fits(weights[f"{path}.weight"])]
-    wrong += [path for path, value in patch.weights.items() if value.shape != weights[path].shape]
-    if wrong:
+    if wrong := patch.misfits(weights):
         raise CheckpointError(f"adapter {name!r} has other shapes than this {network} at {some(wrong)}; {ADVICE}")
+    parameters = dict(patcher.model.named_parameters())
+    modules = (p.removesuffix(".weight") for p, key in keys.items() if key in parameters and parameters[key].ndim > 1)
+    if missing := patch.missing(modules):
+        raise CheckpointError(
+            f"adapter {name!r} lacks {len(missing)} of the {network}'s modules that it says it changes: "
+            f"{some(missing)}; it is damaged, get it again"
+        )
     clone = patcher.clone()
     for part in (_weight_patches(patcher, patch, keys), low_patches(patch, keys)):
         clone.add_patches(part, strength)
@@ -97,7 +117,7 @@ def with_change(vae: Any, change: VAEChange | None) -> Any:
         return vae
     if change is None:
         return plain
-    paths = [*change.patch.weights, *(f"{path}.weight" for path in change.patch.lows)]
+    paths = [*change.patch.weights, *(f"{path}.weight" for path in {*change.patch.lows, *ENCODER_MODULES})]
     result = copy.copy(plain)
     result.patcher = apply(plain.patcher, change.patch, vae_keys(plain, paths), change.name, "VAE", change.strength)
     result.patcher.set_attachments(VAE_KEY, (change, plain))

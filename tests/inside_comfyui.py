@@ -12,6 +12,7 @@ import copy
 import importlib.util
 import json
 import math
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -39,7 +40,7 @@ import comfy.supported_models_base
 import sd_stand_in
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 PUBLISHED = Path(sys.argv[2])
 
@@ -845,6 +846,25 @@ def check_plan_speaks_and_draws():
     assert "150 x 100 to 1200 x 800" in words
     assert calls == 2 + 6
     assert tuple(grid.shape[:1]) == (1,) and grid.shape[-1] == 3
+
+
+def check_a_peft_folder_that_lacks_a_module_is_refused():
+    for part_folder, module, network in (
+        ("unet_lora_adapter", "mid_block.resnets.0.conv1", "UNet"),
+        ("vae_encoder_lora_adapter", "mid_block.attentions.0.to_out.0", "VAE"),
+    ):
+        folder = shutil.copytree(PUBLISHED / "omgsr", PUBLISHED / f"lacking_{network}", dirs_exist_ok=True)
+        file = folder / part_folder / "adapter_model.safetensors"
+        save_file({key: value for key, value in load_file(file).items() if f".{module}." not in key}, file)
+        try:
+            load_published(folder.name)
+        except ValueError as error:
+            assert f"lacks 1 of the {network}'s modules that it says it changes" in str(error), error
+            assert module in str(error)
+        else:
+            raise AssertionError("accepted")
+        finally:
+            shutil.rmtree(folder)
 
 
 def check_plan_shows_the_tiles_of_the_methods_own_script():

@@ -153,7 +153,10 @@ def test_pisa_updates_of_unlike_shapes_are_named(files, tmp_path):
         part[key.format("A")] = part[key.format("A")][:, :5].clone()
 
     path = change_pickle(files, "pisa", spoil, tmp_path / "spoilt.pkl")
-    with pytest.raises(CheckpointError, match="two updates of mid_block.resnets.0.conv1 differ in shape"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"two updates of mid_block.resnets.0.conv1 differ in shape .pix 128 x 128 x 3 x 3, sem 128",
+    ):
         read_adapter(path)
 
 
@@ -321,11 +324,71 @@ def test_damaged_osediff_files_are_named(files, tmp_path, says):
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
 LORA_DAMAGE = {
     "half an update: mid_block.attentions.0.proj_in": lambda t: t.pop(f"{KOHYA}.lora_up.weight"),
-    "also changes the text encoder": lambda t: t.update({"lora_te_text_model_q.lora_up.weight": torch.ones(1)}),
+    "also changes something else": lambda t: t.update({"lora_vae_q.lora_up.weight": torch.ones(1)}),
     "names its modules in another way": lambda t: t.update({"lora_unet_input_blocks_1_1.alpha": torch.ones(())}),
     "an alpha without its update: conv_out": lambda t: t.update({"lora_unet_conv_out.alpha": torch.ones(())}),
     "alpha of mid_block.attentions.0.proj_in is missing or not above": lambda t: t[f"{KOHYA}.alpha"].fill_(0),
 }
+
+
+def test_text_encoder_parts_are_left_out_with_a_word(files, tmp_path, caplog):
+    tensors = load_file(files["kohya"].path)
+    more = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{half}": torch.ones(2, 2) for half in ("lora_up.weight",)}
+    save_file(tensors | more, tmp_path / "both.safetensors")
+    plain, ours = (read_adapter(path).unet.lows for path in (files["kohya"].path, tmp_path / "both.safetensors"))
+    assert plain.keys() == ours.keys() and all(torch.equal(plain[name].up, ours[name].up) for name in plain)
+    assert "both.safetensors also changes the text encoder (1 tensors, lora_te_text_model_enc" in caplog.text
+    save_file(more, tmp_path / "text.safetensors")
+    with pytest.raises(CheckpointError, match="changes only the text encoder"):
+        read_adapter(tmp_path / "text.safetensors")
+
+
+def test_a_file_that_does_not_say_whose_it_is_is_taken_for_tudsrs_aloud(files, caplog):
+    for name in ("omgsr", "peft file", "kohya"):
+        read_adapter(files[name].path)
+        assert "does not say whose it is: taken for TUDSR's, t = 200; OMGSR's want the method omgsr (t = 273)" in (
+            caplog.text
+        )
+        caplog.clear()
+        read_adapter(files[name].path, "tudsr")
+        read_adapter(files["pisa"].path)
+        assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "network"),
+    [
+        ("unet_lora_adapter", "mid_block.resnets.0.conv1", 0),
+        ("vae_encoder_lora_adapter", "mid_block.attentions.0.to_out.0", 1),
+    ],
+)
+def test_a_peft_folder_that_lacks_a_module_is_refused(files, tmp_path, nets, part, module, network):
+    folder = shutil.copytree(files["omgsr"].path, tmp_path / "lacking")
+    file = folder / part / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key: value for key, value in tensors.items() if f".{module}." not in key}, file)
+    adapter = read_adapter(folder)
+    patch, name = ((adapter.unet, "UNet"), (adapter.vae, "VAE"))[network]
+    with pytest.raises(CheckpointError) as caught:
+        PatchSlot(nets[network], name).check(patch, adapter.name)
+    path = f"encoder.{module}" if network else module
+    assert str(caught.value) == (
+        f"adapter lacking lacks 1 of the {name}'s modules that it says it changes: {path}; it is damaged, get it again"
+    )
+    whole = read_adapter(files["omgsr"].path)
+    PatchSlot(nets[network], name).check((whole.unet, whole.vae)[network], "whole")
+
+
+def test_a_wrong_shape_names_the_key_and_both_shapes(files, tmp_path, nets):
+    def spoil(saved):
+        for kind in ("pix", "sem"):
+            key = f"mid_block.resnets.0.conv1.lora_A.default_others_{kind}.weight"
+            saved["state_dict_unet"][key] = saved["state_dict_unet"][key][:, :5].clone()
+
+    adapter = read_adapter(change_pickle(files, "pisa", spoil, tmp_path / "spoilt.pkl"))
+    with pytest.raises(CheckpointError) as caught:
+        PatchSlot(nets[0], "UNet").check(adapter.branches()[0][1], "spoilt")
+    assert "mid_block.resnets.0.conv1 (expected 128 x 128 x 3 x 3, found 128 x 5 x 3 x 3)" in str(caught.value)
 
 
 @pytest.mark.parametrize("says", LORA_DAMAGE)

@@ -131,8 +131,8 @@ def test_each_stage_has_its_own_methods_tiles():
     assert (first.tiles.tile_width, first.tiles.lefts) == (64, (0, 32, 36))
     assert (second.tiles.tile_width, second.tiles.lefts) == (96, (0, 64, 104))
     lines = plan.describe()
-    assert lines[1] == "stage 1: x4 to 800 x 600, 6 tiles of 512 x 512 as published"
-    assert lines[2] == "stage 2: x2 to 1600 x 1200, 6 tiles of 768 x 768 as published"
+    assert lines[1] == "stage 1: x4 to 800 x 600, 6 tiles of 512 x 512 as published, OMGSR at t = 200"
+    assert lines[2] == "stage 2: x2 to 1600 x 1200, 6 tiles of 768 x 768 as published, OSEDiff at t = 200"
 
 
 def test_a_short_side_within_the_overlap_ends():

@@ -5,7 +5,7 @@ The one internal form of every published format; no file is read here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,6 +32,11 @@ class Low:
         """Rank of the update."""
         return self.down.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that the update is made for (a linear's may be a 1 x 1 convolution's)."""
+        return self.up.shape[0], *self.down.shape[1:]
+
     def fits(self, weight: Tensor) -> bool:
         """Whether the update has as many values as `weight`, row for row."""
         return self.up.shape[0] == weight.shape[0] and self.up.shape[0] * self.down[0].numel() == weight.numel()
@@ -53,14 +58,36 @@ class Patch:
     """Changes to one network, by its diffusers paths.
 
     `lows`: low-rank updates by module path. `weights`: trained values by parameter path that take
-    the place of the base model's (OSEDiff trains conv_in) before the updates are added.
+    the place of the base model's (OSEDiff trains conv_in) before the updates are added. `targets`: how
+    the names of all updated modules end, where the file says so; they lie under `within`.
     """
 
     lows: dict[str, Low] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+    within: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.lows or self.weights)
+
+    def missing(self, modules: Iterable[str]) -> list[str]:
+        """Return those of a network's linear and convolution `modules` that the file says it updates, and does not."""
+        ends = tuple(f".{target}" for target in self.targets)
+        own = (name for name in modules if name.startswith(self.within) and name not in self.lows)
+        return [name for name in own if f".{name.removeprefix(self.within)}".endswith(ends)] if ends else []
+
+    def misfits(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Return every change whose shape is another than its weight's, with both; `weights` by parameter path."""
+        pairs = [(path, low.shape, weights[f"{path}.weight"], low.fits) for path, low in self.lows.items()]
+        pairs += [
+            (path, value.shape, weights[path], lambda weight, value=value: weight.shape == value.shape)
+            for path, value in self.weights.items()
+        ]
+        return [
+            f"{path} (expected {sides(weight.shape)}, found {sides(shape)})"
+            for path, shape, weight, fits in pairs
+            if not fits(weight)
+        ]
 
     def plus(self, other: Patch) -> Patch:
         """Return both changes together."""
@@ -125,6 +152,11 @@ class Adapter:
         ]
 
 
+def sides(shape: Iterable[int]) -> str:
+    """Return a shape in words, such as `64 x 32 x 3 x 3`."""
+    return " x ".join(map(str, shape)) or "one number"
+
+
 def map_lows(lows: dict[str, Low], change: Callable[[Tensor], Tensor]) -> dict[str, Low]:
     """Return `lows` with `change` applied to their tensors."""
     return {path: replace(low, down=change(low.down), up=change(low.up)) for path, low in lows.items()}
@@ -154,12 +186,16 @@ class PatchSlot:
                 f"adapter {source} changes what this {self.name} does not have: {some(homeless)}; it was made for "
                 "another base model"
             )
-        wrong = [path for path, low in patch.lows.items() if not low.fits(weights[f"{path}.weight"])]
-        wrong += [path for path, value in patch.weights.items() if value.shape != weights[path].shape]
-        if wrong:
+        if wrong := patch.misfits(weights):
             raise CheckpointError(
-                f"adapter {source} does not fit the shapes of this {self.name} at {some(wrong)}; it was made for "
-                "another base model"
+                f"adapter {source} does not fit the shapes of this {self.name} at {some(wrong)}; it is damaged, or was "
+                "made for another base model"
+            )
+        modules = (path.removesuffix(".weight") for path, weight in weights.items() if weight.ndim > 1)
+        if missing := patch.missing(modules):
+            raise CheckpointError(
+                f"adapter {source} lacks {len(missing)} of the {self.name}'s modules that it says it changes: "
+                f"{some(missing)}; it is damaged, get it again"
             )
 
     @torch.no_grad()

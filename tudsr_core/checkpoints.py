@@ -6,6 +6,7 @@ Own formats are read and written here, those of others in `formats.py`; no netwo
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -21,6 +22,8 @@ from .plan import StageLimits
 from .schedule import OneStep, from_noise_level, scaled_linear
 from .tensor_files import SUFFIXES, CheckpointError, TensorFile, check_finite, read_file, some, write_file
 from .untrusted import Fields, parse_json, shown
+
+log = logging.getLogger(__name__)
 
 OWN_TITLE = "adapter of this pack"
 MODEL_FORMAT = "tudsr-model/1"
@@ -122,10 +125,18 @@ def write_model(path: Path, model: ModelFile) -> None:
 def read_adapter(path: Path, method: str | None = None, stage: int | None = None) -> Adapter:
     """Read a stage adapter of any known format: a file, or a peft folder as OMGSR and TUDSR save it.
 
-    `method` (a key of METHODS) and `stage` (1 or 2) fill in what the file leaves open. Raises
-    CheckpointError for damaged or foreign files and when the file says otherwise.
+    `method` (a key of METHODS) and `stage` (1 or 2) fill in what the file leaves open; that TUDSR is
+    assumed is logged. Raises CheckpointError for damaged or foreign files and when the file says otherwise.
     """
-    return identify(path, method, stage)[1]
+    title, adapter = identify(path, method, stage)
+    if not method and title != OWN_TITLE and adapter.method == "tudsr":
+        log.warning(
+            "%s does not say whose it is: taken for TUDSR's, t = %d; OMGSR's want the method omgsr (t = %d)",
+            path,
+            adapter.steps_for(stage or 1)[0].t,
+            METHODS["omgsr"].steps()[0].t,
+        )
+    return adapter
 
 
 def identify(path: Path, method: str | None = None, stage: int | None = None) -> tuple[str, Adapter]:

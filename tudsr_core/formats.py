@@ -5,6 +5,7 @@ One reader per published format; every key must find its place, or the error lis
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .adapters import Adapter, Low, Patch
+from .adapters import Adapter, Low, Patch, sides
 from .methods import METHODS
 from .tensor_files import CheckpointError, TensorFile, check_finite, some
 from .untrusted import Fields, parse_json, read_text, shown
+
+log = logging.getLogger(__name__)
 
 PEFT_PREFIX = "base_model.model."
 UNET_FOLDER, VAE_FOLDER = "unet_lora_adapter", "vae_encoder_lora_adapter"
@@ -47,14 +50,17 @@ def read_foreign(file: TensorFile) -> tuple[str, Adapter]:
 def read_peft_folder(path: Path, read: Callable[[Path], TensorFile]) -> Adapter:
     """Read one peft adapter, or the pair of folders that OMGSR and TUDSR save."""
     if (path / "adapter_config.json").is_file():
-        return Adapter(path.name, Patch(_read_peft(path, read)))
+        return Adapter(path.name, _read_peft(path, read))
     if not (path / UNET_FOLDER).is_dir():
         raise CheckpointError(
             f"folder {path} holds neither adapter_config.json nor {UNET_FOLDER}/; give the adapter's own folder"
         )
-    encoder = _read_peft(path / VAE_FOLDER, read) if (path / VAE_FOLDER).is_dir() else {}
-    vae = Patch({f"encoder.{name}": low for name, low in encoder.items()})
-    return Adapter(path.name, Patch(_read_peft(path / UNET_FOLDER, read)), vae)
+    vae = Patch()
+    if (path / VAE_FOLDER).is_dir():
+        encoder = _read_peft(path / VAE_FOLDER, read)
+        lows = {f"encoder.{name}": low for name, low in encoder.lows.items()}
+        vae = Patch(lows, targets=encoder.targets, within="encoder.")
+    return Adapter(path.name, _read_peft(path / UNET_FOLDER, read), vae)
 
 
 def pair(
@@ -79,7 +85,8 @@ def pair(
             raise CheckpointError(f"{path}: {shown(name)} is stored in whole numbers; get the unquantised file")
         if first.ndim < 2 or second.ndim < 2 or not first.numel() or second[:1].numel() != len(first):
             raise CheckpointError(
-                f"{path}: ranks of {shown(name)} do not agree; the file is damaged or of another kind"
+                f"{path}: ranks of {shown(name)} do not agree ({down} is {sides(first.shape)}, {up} "
+                f"{sides(second.shape)}); the file is damaged or of another kind"
             )
         lows[name] = Low(first, second, alpha(name, first.shape[0]))
         if not 0 < lows[name].alpha < MAX_ALPHA:
@@ -97,11 +104,18 @@ def take_alphas(path: Path, tensors: dict[str, Tensor]) -> dict[str, float]:
     return {key.removesuffix(".alpha"): float(tensors.pop(key)) for key in keys}
 
 
-def _read_peft(folder: Path, read: Callable[[Path], TensorFile]) -> dict[str, Low]:
+def _read_peft(folder: Path, read: Callable[[Path], TensorFile]) -> Patch:
     config = _lora_config(read_text(folder / "adapter_config.json", CheckpointError), folder)
     names = ("adapter_model.safetensors", "adapter_model.bin")
     files = [folder / name for name in names if (folder / name).is_file()] or [folder / names[0]]
-    return _peft_lows(folder, read(files[0]).tensors, config)
+    return Patch(_peft_lows(folder, read(files[0]).tensors, config), targets=_targets(config))
+
+
+def _targets(config: Fields) -> tuple[str, ...]:
+    """Return the name endings of all modules that peft has updated; () where it is not a plain list of them."""
+    narrowed = any(config.values.get(key) for key in ("exclude_modules", "layers_to_transform"))
+    listed = isinstance(config.values.get("target_modules"), list)
+    return tuple(config.texts("target_modules")) if listed and not narrowed else ()
 
 
 def _lora_config(text: str, path: Path) -> Fields:
@@ -172,7 +186,8 @@ def _read_pisa(file: TensorFile) -> Adapter:
         one, other = pix[module], sem[module]
         if (one.down.shape[1:], one.up.shape[0]) != (other.down.shape[1:], other.up.shape[0]):
             raise CheckpointError(
-                f"{file.path}: the two updates of {shown(module)} differ in shape; the file is damaged"
+                f"{file.path}: the two updates of {shown(module)} differ in shape (pix {sides(one.shape)}, "
+                f"sem {sides(other.shape)}); the file is damaged"
             )
     return Adapter(file.path.stem, Patch(pix), detail=Patch(sem), method="pisa-sr")
 
@@ -221,6 +236,7 @@ def _read_predictor(file: TensorFile) -> Adapter:
     return Adapter(file.path.stem, predictor=tensors, method="invsr")
 
 
+TEXT_KEYS = ("lora_te", "text_encoder")
 HALVES = {
     "lora_A.weight": "down",
     "lora_down.weight": "down",
@@ -241,15 +257,30 @@ UNDERSCORED = {
 def _read_lora(file: TensorFile) -> Adapter:
     """LoRA files of diffusers (`unet.<path>.lora_A.weight`, `.lora.down.weight`) and kohya (`lora_unet_<path>`)."""
     own: dict[str, Tensor] = {}
+    texts = [key for key in file.tensors if key.startswith(TEXT_KEYS)]
+    if texts:
+        log.warning(
+            "%s also changes the text encoder (%d tensors, %s); a one-step stage has a fixed text, so only its UNet "
+            "part is used",
+            file.path,
+            len(texts),
+            some(texts),
+        )
     for key, tensor in file.tensors.items():
+        if key.startswith(TEXT_KEYS):
+            continue
         half = next((half for half in HALVES if key.endswith(f".{half}")), None)
         if not half or not key.startswith(("lora_unet_", "unet.")):
-            what = "the text encoder" if key.startswith(("lora_te", "text_encoder")) else "something else"
             raise CheckpointError(
-                f"{file.path} also changes {what} ({shown(key)}), which a one-step stage cannot use; "
+                f"{file.path} also changes something else ({shown(key)}), which a one-step stage cannot use; "
                 "load such a file with an ordinary LoRA loader"
             )
         own[f"{_module(key.removesuffix(f'.{half}'), file.path)}.{HALVES[half]}"] = tensor
+    if not own:
+        raise CheckpointError(
+            f"{file.path} changes only the text encoder ({some(texts)}), which a one-step stage cannot use; "
+            "load such a file with an ordinary LoRA loader"
+        )
     alphas = take_alphas(file.path, own)
     lost = [name for name in alphas if f"{name}.down" not in own]
     if lost:

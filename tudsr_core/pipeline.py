@@ -85,6 +85,11 @@ class Stage:
     about: Method | None = None
 
     @property
+    def how(self) -> str:
+        """Method and timesteps in words, "" for a model of no published method."""
+        return f"{self.about.title} at t = {', '.join(str(step.t) for step in self.steps)}" if self.about else ""
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations per tile."""
         return len(self.steps) * max(1, len(self.branches)) + bool(self.predictor)
@@ -158,8 +163,8 @@ def plan_for(model: Model, source: tuple[int, int], target: Target, options: Ups
         native_px=about.native_px if about else 0,
         pads_small=bool(about and about.pads_small),
     )
-    model.stages(len(plan.stages))
-    return plan
+    parts = zip(plan.stages, model.stages(len(plan.stages)), strict=True)
+    return replace(plan, stages=tuple(replace(part, how=stage.how) for part, stage in parts))
 
 
 def _without_unused(options: UpscaleOptions) -> UpscaleOptions:

@@ -139,7 +139,7 @@ class StagePlan:
     """One stage: the factor, the size it makes, the padded size it computes on, and its tiles.
 
     `evaluations` is how often a network sees each tile. `tiling` is set where the tiles are those of
-    the method's own script.
+    the method's own script. `how` names the method and its timesteps, where known.
     """
 
     number: int
@@ -149,6 +149,7 @@ class StagePlan:
     tiles: TilePlan
     evaluations: int = 1
     tiling: Tiling | None = None
+    how: str = ""
 
     @property
     def calls(self) -> int:
@@ -162,7 +163,8 @@ class StagePlan:
         tiles = f"{len(self.tiles)} tiles of {tile}" if len(self.tiles) > 1 else "one tile"
         tiles += " as published" if self.tiling else ""
         times = f", {self.evaluations} evaluations each" if self.evaluations > 1 else ""
-        return f"stage {self.number}: x{self.factor:g} to {self.size[1]} x {self.size[0]}, {tiles}{times}"
+        how = f", {self.how}" if self.how else ""
+        return f"stage {self.number}: x{self.factor:g} to {self.size[1]} x {self.size[0]}, {tiles}{times}{how}"
 
 
 @dataclass(frozen=True)
