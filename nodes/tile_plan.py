@@ -57,7 +57,8 @@ def tell(plan: TilePlan, steps: int, unit: int) -> str:
     return "\n".join(
         (
             f"{width} x {height} px: {len(plan.lefts)} x {len(plan.tops)} = {len(plan)} tiles of {side} px",
-            f"{steps} steps: {calls:,} tile calls, each for the positive and the negative prompt",
+            f"{steps} steps: {calls:,} tile calls, each for the positive and the negative prompt: "
+            f"{2 * calls:,} network calls (half of them with CFG 1)",
             f"overlap costs {len(plan) * plan.tile_height * plan.tile_width / (plan.height * plan.width):.2f} "
             "times the untiled work",
         )
@@ -122,7 +123,10 @@ class PlanTiles(io.ComfyNode):
                 TilePlanType.Output(display_name="plan", tooltip="The tiles, for all nodes about this picture."),
                 io.Image.Output(display_name="grid", tooltip="The picture with its numbered tiles."),
                 io.String.Output(display_name="text", tooltip="The plan in words, as this node shows it."),
-                io.Int.Output(display_name="calls", tooltip="Tiles times steps."),
+                io.Int.Output(
+                    display_name="calls",
+                    tooltip="Tile calls: tiles times steps. With a negative prompt each is two network calls.",
+                ),
             ],
             is_output_node=True,
         )

@@ -517,6 +517,7 @@ def check_tile_plan_counts_before_the_run():
         out = node.execute(4.0, 0, 0, 512, 256, "stride", 50, image=torch.rand(1, side // 4, side // 4, 3))
         assert len(out.args[0]) == tiles and out.args[3] == calls
         assert f"= {tiles} tiles of 512 x 512 px" in out.args[2] and f"{calls:,} tile calls" in out.args[2]
+        assert f"{2 * calls:,} network calls" in out.args[2]  # what `tudsr zoom` counts
         assert max(out.args[1].shape[1:3]) == 1024
     latent = {"samples": torch.zeros(1, 4, 37, 50)}
     plan = node.execute(4.0, 0, 0, 128, 48, "even", 1, image=torch.rand(1, 9, 9, 3), latent=latent).args[0]

@@ -9,6 +9,7 @@ from tudsr_core import filter_bank
 from tudsr_core.evaluation import compare, evaluate_model, lanczos, summary_rows
 from tudsr_core.image import luma, resize
 from tudsr_core.metrics import psnr_y, ssim_y
+from tudsr_core.training import degradations
 from tudsr_core.training.data import read_held_out
 from tudsr_core.training.degradations import clean, gaussian_blur, mild, random_mild
 
@@ -40,6 +41,15 @@ def test_clean_and_mild_are_fixed_and_mild_is_worse(noise):
     drawn = [random_mild(sharp, 4, np.random.default_rng(seed), 0) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_noise_is_as_strong_as_said(monkeypatch):
+    """On flat grey, before JPEG: 3/255 in `mild`, evenly from 0 to 6/255 when drawn; rounding adds a little."""
+    monkeypatch.setattr(degradations, "jpeg", lambda image, quality: image)
+    grey = torch.full((1, 3, 256, 256), 128 / 255)
+    assert float(mild(grey, 4).std()) * 255 == pytest.approx(3, abs=0.15)
+    drawn = [float(random_mild(grey, 4, np.random.default_rng(seed), 0).std()) * 255 for seed in range(60)]
+    assert 5.5 < max(drawn) < 6.3 and min(drawn) < 0.8 and np.mean(drawn) == pytest.approx(3, abs=0.5)
 
 
 def test_blur_has_the_gaussians_variance():

@@ -145,6 +145,24 @@ def test_an_autoencoder_that_cannot_be_tiled_needs_memory_for_the_whole_picture(
     assert [plan.device_bytes for plan in plans] == [1024**2 * 4000, 2048**2 * 4000]
 
 
+def test_device_memory_grows_with_the_tiles_at_once():
+    """As many as are computed: no more than there are, and with tile batch 0 those that fit."""
+    one = 512 * 512 * 1000
+    for batch, free, side, tiles in (
+        (1, 0, 256, 1),
+        (3, 0, 256, 3),
+        (50, 0, 256, 9),
+        (4, 0, 96, 1),
+        (0, 5 * one, 256, 4),
+    ):
+        facts = NetworkFacts(8, 64, 7, 1000, free_bytes=free)
+        plan = plan_upscale(
+            (side, side), Target(scale=4), facts, StageLimits(single_up_to=4), tile_px=512, tile_batch=batch
+        )
+        tile = plan.stages[0].tiles
+        assert plan.device_bytes == 7 + tiles * tile.tile_height * tile.tile_width * 64 * 1000
+
+
 def test_device_memory_does_not_grow_with_the_picture():
     small, large = (plan_upscale((side, side), Target(scale=8), SD, StageLimits()) for side in (128, 1024))
     assert small.device_bytes == large.device_bytes

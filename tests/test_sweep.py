@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tudsr_core.plan import NetworkFacts
-from tudsr_core.sweep import Sweep, fitting_batch
+from tudsr_core.plan import NetworkFacts, batch_for
+from tudsr_core.sweep import Sweep
 from tudsr_core.tiles import Canvas, plan_tiles
 
 
@@ -13,8 +13,8 @@ def facts(free):
 def test_the_tile_batch_is_what_fits_in_free_memory():
     tiles = plan_tiles(256, 256, 64, 16)
     one = 512 * 512 * 100
-    assert [fitting_batch(tiles, facts(int(one * n / 0.8) + 5)) for n in (0, 1, 3, 7.5, 500)] == [1, 1, 3, 7, 16]
-    assert fitting_batch(plan_tiles(64, 112, 64, 16), facts(500 * one)) == 2
+    assert [batch_for(tiles, facts(int(one * n / 0.8) + 5)) for n in (0, 1, 3, 7.5, 500)] == [1, 1, 3, 7, 16]
+    assert batch_for(plan_tiles(64, 112, 64, 16), facts(500 * one)) == 2
 
 
 @pytest.mark.parametrize("window", ["gaussian", "uniform", "published"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tudsr_core.checkpoints import embedded_path
 from tudsr_core.image import resize
 from tudsr_core.local import load_embedded
 from tudsr_core.pipeline import upscale
@@ -10,6 +11,13 @@ from tudsr_core.plan import Target
 from tudsr_core.training import embedded as training
 from tudsr_core.training.data import Crops, draw_pictures
 from tudsr_core.training.identity import start_as_identity
+
+
+def test_the_card_says_the_steps_that_the_command_trains():
+    card = (embedded_path().parent / "README.md").read_text("utf-8")
+    backbone, polish, second = training.STEPS
+    assert f"{backbone:,} steps of backbone" in card and f"{polish:,} of\npolishing" in card
+    assert f"{second:,} of stage two" in card
 
 
 def test_both_phases_run_and_the_file_is_a_model(tmp_path, monkeypatch, noise):

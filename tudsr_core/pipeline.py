@@ -17,9 +17,9 @@ from torch import Tensor
 from .color import ColorFix, match_color
 from .image import join_alpha, pad_to, resize, split_alpha
 from .methods import Method, Tiling
-from .plan import NetworkFacts, StageLimits, StagePlan, Target, UpscalePlan, fit_overlap, plan_upscale
+from .plan import NetworkFacts, StageLimits, StagePlan, Target, UpscalePlan, batch_for, fit_overlap, plan_upscale
 from .schedule import OneStep
-from .sweep import Sweep, fitting_batch
+from .sweep import Sweep
 from .tiles import Canvas, Tile, Window, plan_tiles
 
 log = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ def _plan_sweep(part: StagePlan, facts: NetworkFacts, options: UpscaleOptions, p
     side = options.tile_px // scale
     if 0 < side < max(part.tiles.tile_height, part.tiles.tile_width):
         sweep.tiles = plan_tiles(part.tiles.height, part.tiles.width, side, options.overlap_px // scale, multiple=unit)
-    sweep.batch = options.tile_batch or fitting_batch(sweep.tiles, facts)
+    sweep.batch = batch_for(sweep.tiles, facts, options.tile_batch)
     return sweep
 
 

@@ -22,6 +22,8 @@ MAX_GROWN = 2**26  # pixels of a result that is made larger than asked: narrow s
 AUTO_TILES_PX = (512, 576, 640)  # what Stable Diffusion 2.1-base was trained at, and a little above
 OVERLAP_STEP = 8  # pixels
 
+MOST_TILES = 16  # at once: more are not faster
+
 Size = tuple[int, int]
 
 
@@ -240,9 +242,9 @@ def plan_upscale(
         later, tiling = number > 1, tilings[number > 1]
         tiles = _published_tiles(padded, tiling, facts) if tiling else _tiles(padded, tile_px, overlap_px, facts)
         stages.append(StagePlan(number, stage_factor, made, padded, tiles, evaluations[later], tiling))
-    tile = max(s.tiles.tile_height * s.tiles.tile_width for s in stages) * facts.latent_scale**2
+    computed = max(tile_bytes(s.tiles, facts) * batch_for(s.tiles, facts, tile_batch) for s in stages)
     pixels = max(stage.padded[0] * stage.padded[1] for stage in stages)
-    activations = max(tile * max(1, tile_batch) * facts.tile_bytes_per_pixel, pixels * facts.picture_bytes_per_pixel)
+    activations = max(computed, pixels * facts.picture_bytes_per_pixel)
     return UpscalePlan(
         source=source,
         start=start,
@@ -280,6 +282,17 @@ def _note(source: Size, start: Size, size: Size, stage: StagePlan, native_px: in
 # Peak of the whole-picture tensors: six float32 RGB copies (67 bytes measured at 4096 x 4096, see
 # bench/README.md).
 BYTES_PER_OUTPUT_PIXEL = 3 * 4 * 6
+
+
+def tile_bytes(tiles: TilePlan, facts: NetworkFacts) -> int:
+    """Return the activations of one tile."""
+    return tiles.tile_height * tiles.tile_width * facts.latent_scale**2 * facts.tile_bytes_per_pixel
+
+
+def batch_for(tiles: TilePlan, facts: NetworkFacts, wanted: int = 0) -> int:
+    """Return how many tiles are computed at once: `wanted`, or with 0 as many as fit in free memory (unknown: 1)."""
+    fitting = facts.free_bytes * 4 // 5 // max(1, tile_bytes(tiles, facts))
+    return max(1, min(wanted or min(fitting, MOST_TILES), len(tiles)))
 
 
 def check_tiles(tile_px: int, overlap_px: int, tile_batch: int, facts: NetworkFacts) -> None:

@@ -12,20 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .plan import NetworkFacts
 from .tiles import Canvas, Tile, TilePlan, Window, plan_tiles
 
 log = logging.getLogger(__name__)
 
-MOST_TILES = 16  # at once: more are not faster
 SMALLEST_TILE = 8  # latents
-
-
-def fitting_batch(tiles: TilePlan, facts: NetworkFacts) -> int:
-    """Return how many tiles fit in the device's free memory at once, at least 1 (0 bytes known: 1)."""
-    pixels = tiles.tile_height * tiles.tile_width * facts.latent_scale**2
-    fitting = facts.free_bytes * 4 // 5 // max(1, pixels * facts.tile_bytes_per_pixel)
-    return max(1, min(fitting, len(tiles), MOST_TILES))
 
 
 @dataclass

@@ -67,6 +67,7 @@ UNET_CONFIG = {
     "norm_eps": 100.0,
 }
 LORA_RANK = 24
+STEPS = (8000, 700, 1200)  # of backbone, polish and stage two, as the shipped model was trained
 LORA_TARGETS = ["conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out"]
 
 
@@ -244,7 +245,7 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, required=True, help="folder with the wheels named in data.WHEELS")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--backbone", type=Path, help="skip phase one and start from this checkpoint")
-    parser.add_argument("--steps", type=int, nargs=3, default=(8000, 700, 1400), help="of backbone, polish, stage two")
+    parser.add_argument("--steps", type=int, nargs=3, default=STEPS, help="of backbone, polish, stage two")
     parser.add_argument("--rate", type=float, nargs=3, default=(8e-4, 2e-4, 1e-3), help="learning rate of each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
