@@ -39,7 +39,8 @@ from tudsr_core import vae_stream
 from tudsr_core.image import resize
 from tudsr_core.local import DTYPES, Backbone
 from tudsr_core.pipeline import UpscaleOptions, upscale
-from tudsr_core.plan import StageLimits, Target, fit_tile
+from tudsr_core.plan import StageLimits, Target
+from tudsr_core.stage_tiles import fit_tile
 from tudsr_core.tiles import Canvas, TilePlan, plan_tiles
 from tudsr_core.vae_graph import run_untiled
 from tudsr_core.vae_tiling import Tiling

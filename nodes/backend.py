@@ -19,8 +19,8 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ..tudsr_core.pipeline import Predict, Preview
-from ..tudsr_core.plan import NetworkFacts
+from ..tudsr_core.networks import Predict, Preview
+from ..tudsr_core.stage_tiles import NetworkFacts
 from ..tudsr_core.tiles import Tile
 from .conds import crop_conds, is_spatial
 from .exact_vae import ExactVAE, is_out_of_memory

@@ -10,7 +10,8 @@ import comfy.model_sampling
 import torch
 
 from ..tudsr_core.methods import METHODS, Method
-from ..tudsr_core.pipeline import Model, NoisePredictor, Stage
+from ..tudsr_core.networks import NoisePredictor
+from ..tudsr_core.pipeline import Model, Stage
 from ..tudsr_core.plan import StageLimits
 from ..tudsr_core.schedule import OneStep, scaled_linear
 from .adapters import VAEChange, with_change

@@ -6,8 +6,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..tudsr_core.image import resize
-from ..tudsr_core.plan import MAX_FACTOR, MAX_PIXELS, fit_overlap
+from ..tudsr_core.plan import MAX_FACTOR, MAX_PIXELS
 from ..tudsr_core.prompts import cut_tiles
+from ..tudsr_core.stage_tiles import fit_overlap
 from ..tudsr_core.tiles import TilePlan, plan_tiles
 from .backend import pixels_per_latent
 from .images import rgb

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tudsr_core.pipeline import UpscaleOptions
-from ..tudsr_core.plan import AUTO_TILES_PX, fit_overlap
+from ..tudsr_core.stage_tiles import AUTO_TILES_PX, fit_overlap
 from ..tudsr_core.tiles import Canvas, Tile, TilePlan, Window, plan_tiles
 from .backend import batches_tiles, estimate_memory_for, pixels_per_latent
 from .conds import HintCache, crop_conds, is_spatial

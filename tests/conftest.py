@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tudsr_core.pipeline import Model, Stage
-from tudsr_core.plan import NetworkFacts, StageLimits
+from tudsr_core.plan import StageLimits
 from tudsr_core.schedule import from_noise_level
+from tudsr_core.stage_tiles import NetworkFacts
 
 
 class IdentityNetworks:

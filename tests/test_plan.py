@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tudsr_core.pipeline import UpscaleOptions
-from tudsr_core.plan import NetworkFacts, StageLimits, Target, fit_tile, plan_upscale, split_factor
+from tudsr_core.plan import StageLimits, Target, plan_upscale, split_factor
+from tudsr_core.stage_tiles import NetworkFacts, fit_tile
 from tudsr_core.zoom import ZoomOptions
 
 SD = NetworkFacts(latent_scale=8, multiple=64, weight_bytes=2**30, tile_bytes_per_pixel=1000)

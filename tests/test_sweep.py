@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tudsr_core.plan import NetworkFacts, batch_for
+from tudsr_core.stage_tiles import NetworkFacts, batch_for
 from tudsr_core.sweep import Sweep
 from tudsr_core.tiles import Canvas, plan_tiles
 

@@ -13,10 +13,12 @@ from PIL import Image
 
 from .files import FORMATS, Picture, PictureError, pictures_in
 from .image import split_alpha
-from .pipeline import Model, Tick, UpscaleOptions, plan_for, upscale
-from .plan import NetworkFacts, Size, Target, UpscalePlan
+from .networks import Tick
+from .pipeline import Model, UpscaleOptions, plan_for, upscale
+from .plan import Target, UpscalePlan
 from .reading import read_picture
 from .sampling import TextNetworks
+from .stage_tiles import NetworkFacts, Size
 from .writing import check_free, check_output, writable, write_picture
 from .zoom import PromptSource, ZoomOptions, ZoomPlan, plan_zoom, write_prompts, zoom
 

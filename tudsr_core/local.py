@@ -19,10 +19,12 @@ from .adapters import Adapter, Patch, PatchSlot
 from .checkpoints import DTYPES, embedded_path, read_adapter, read_model
 from .models.embedded import load_networks
 from .models.invsr import build_predictor
-from .pipeline import Model, NoisePredictor, Predict, Stage
-from .plan import NetworkFacts, StageLimits
+from .networks import NoisePredictor, Predict
+from .pipeline import Model, Stage
+from .plan import StageLimits
 from .schedule import scaled_linear
 from .sd21 import PREDICTIONS, check_exists, read_base, read_prediction
+from .stage_tiles import NetworkFacts
 from .tiles import Tile
 from .vae_tiling import Doors, Place, TiledVAE
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .pipeline import Networks, Predict, Preview
+from .networks import Networks, Predict, Preview
 from .schedule import NoiseSchedule, scaled_linear
 from .tiles import Canvas, TilePlan, Window
 

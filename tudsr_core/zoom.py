@@ -18,10 +18,12 @@ from torch import Tensor
 from .color import ColorFix, match_color
 from .files import temporary_beside
 from .image import join_alpha, pad_to_multiple, resize, split_alpha
-from .pipeline import Progress, Tick, check_image
-from .plan import NetworkFacts, Size, Target, check_tiles, fit_overlap
+from .networks import Tick
+from .pipeline import Progress, check_image
+from .plan import Target
 from .prompts import Style, TilePrompter, TilePrompts, cut_tiles, describe
 from .sampling import SampleOptions, TextNetworks, TilePair, count_calls, draw, noised, sample
+from .stage_tiles import NetworkFacts, Size, check_tiles, fit_overlap
 from .tiles import Spacing, TilePlan, plan_tiles
 from .untrusted import check_text, parse_json, read_text
 
