@@ -85,6 +85,15 @@ def test_a_fraction_over_zero_is_no_resolution(tmp_path):
         through(tmp_path, picture, ".tif")
 
 
+@pytest.mark.parametrize(("suffix", "bits"), [(".png", 8), (".png", 16), (".jpg", 8), (".webp", 8)])
+def test_fields_that_are_all_in_directories_below_are_carried_too(tmp_path, suffix, bits):
+    exif = exif_of({}, {0x829A: 0.5, 0x927C: bytes(70_000)})
+    notes, back = through(tmp_path, Picture(PIXELS, exif=exif, bits=bits), suffix)
+    details = back.exif.get_ifd(0x8769)
+    assert details[0x829A] == 0.5
+    assert (0x927C in details) == (suffix != ".jpg") == (not notes)
+
+
 def test_resolution_comes_from_exif_and_goes_into_webp(tmp_path):
     exif = exif_of({282: 118.0, 283: 118.0, 296: 3})
     Image.fromarray(SMALL).save(tmp_path / "a.png", exif=exif)

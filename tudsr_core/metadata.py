@@ -208,7 +208,7 @@ def _fits_tiff(group: int | None, value: object) -> bool:
 def _too_large(picture: Picture, kind: str) -> Iterator[tuple[int | None, int]]:
     """Yield the tags, largest first, without which the EXIF of `picture` is small enough for JPEG."""
     exif = exif_for(picture, kind, (2**32 - 1, 2**32 - 1))  # sizes at their longest
-    excess = len(exif.tobytes()) - MAX_JPEG_EXIF_BYTES if exif else 0
+    excess = 0 if exif is None else len(exif.tobytes()) - MAX_JPEG_EXIF_BYTES
     sizes = [
         (_stored_bytes(tag, _as_stored(value), group) or 0, group or 0, tag)
         for group, values in fields_of(picture.exif).items()

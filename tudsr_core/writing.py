@@ -106,9 +106,10 @@ def _encode(file: BinaryIO, kind: str, picture: Picture, quality: int, size: tup
     array = _to_array(picture)
     if kind == "TIFF":
         return _encode_tiff(file, array, picture)
-    exif = exif_for(picture, kind, size)
+    found = exif_for(picture, kind, size)
+    exif = None if found is None else found.tobytes()  # an Exif whose fields are all in directories below is false
     if kind == "PNG" and picture.bits == 16 and array.ndim == 3:
-        file.write(png.encode16(array, exif and exif.tobytes(), picture.icc, picture.dpi))
+        file.write(png.encode16(array, exif, picture.icc, picture.dpi))
         return None
     extras = {"icc_profile": picture.icc, "dpi": picture.dpi, "exif": exif}
     extras = {name: value for name, value in extras.items() if value}
