@@ -28,7 +28,9 @@ def test_a_folder_gives_its_pictures_without_leftovers_and_hidden_files(folder, 
     jobs = plan_jobs([folder], tmp_path / "out")
     assert [job.source.name for job in jobs] == ["a.jpg", "b.png"]
     assert plan_jobs([folder / ".hidden.tif"], tmp_path / "out")[0].source.name == ".hidden.tif"
-    for name in ("a.jpg", "b.png"):
+    (folder / "c.png").symlink_to(folder / "nowhere.png")
+    assert [job.source.name for job in plan_jobs([folder], tmp_path / "out")] == ["a.jpg", "b.png", "c.png"]
+    for name in ("a.jpg", "b.png", "c.png"):
         (folder / name).unlink()
     with pytest.raises(PictureError, match="holds no pictures .* hidden files are not read"):
         plan_jobs([folder], tmp_path / "out")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from tudsr_core.files import Picture, PictureError, temporary_beside
 from tudsr_core.reading import read_picture
@@ -164,7 +164,7 @@ def damaged(kind):
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
-        ("a.png", b"", "empty"),
+        ("a.png", b"", r"^\S+a\.png is empty"),
         ("a.png", b"hello, I am no picture", "not a picture"),
         ("a.png", damaged("PNG")[:900], "damaged"),
         ("a.jpg", damaged("JPEG")[:900], "damaged"),
@@ -279,10 +279,8 @@ def headers(width, height):
 
 @pytest.mark.parametrize("kind", headers(2, 2))
 def test_the_size_limit_is_ours_in_every_format_and_an_option_moves_it(tmp_path, kind, monkeypatch):
-    for where in (Image.core, imagecodecs):
-        monkeypatch.setattr(
-            where, "decoder" if False else "png_decode", lambda *_: pytest.fail("decoded"), raising=False
-        )
+    monkeypatch.setattr(imagecodecs, "png_decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
     path = tmp_path / "a"
     path.write_bytes(headers(40_000, 30_000)[kind])
     with pytest.raises(PictureError, match="1,200.0 megapixels; tudsr reads up to 179: .* raise --max-megapixels"):
@@ -303,6 +301,23 @@ def test_the_limit_can_be_raised(tmp_path):
         read_picture(path)
     with pytest.raises(PictureError, match="damaged"):  # no data in this file, but the header may pass
         read_picture(path, max_megapixels=211)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PNG 16", "JPEG", "WEBP", "GIF", "BMP"])
+def test_a_file_longer_than_any_picture_is_not_read(tmp_path, kind, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(headers(7, 5)[kind])
+    os.truncate(path, 3 * 10**9)  # sparse: takes no room on the disk
+    monkeypatch.setattr(type(path), "read_bytes", lambda _: pytest.fail("read"))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(PictureError, match=r"3,000 MB is longer than any .* \(1,432 MB\); .* --max-megapixels"):
+        read_picture(path)
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(PictureError, match=r"^\S+a\.png is empty \(0 bytes\)"):
+        read_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", [TypeError, ZeroDivisionError, OverflowError, MemoryError, RecursionError, KeyError])

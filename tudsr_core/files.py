@@ -93,16 +93,26 @@ def check_size(
         )
 
 
+def check_file_bytes(file_bytes: int, max_megapixels: float | None = None) -> None:
+    """Raise Unsuitable if a file, which is read as a whole, is longer than the largest picture is unpacked."""
+    limit = (MAX_MEGAPIXELS if max_megapixels is None else max(MAX_MEGAPIXELS, max_megapixels)) * 8e6  # 16-bit RGBA
+    if file_bytes > limit:
+        raise Unsuitable(
+            f"this file of {file_bytes / 1e6:,.0f} MB is longer than any picture that tudsr reads ({limit / 1e6:,.0f} "
+            "MB); save it again, or raise --max-megapixels"
+        )
+
+
 def pictures_in(folder: Path) -> list[Path]:
     """Return the picture files of `folder` in name order, without hidden ones.
 
     Names that begin with a dot are left out: the unfinished files of a killed run, and what macOS
-    leaves beside pictures (`._photo.jpg`).
+    leaves beside pictures (`._photo.jpg`). Links that lead nowhere are in: they are not to be missed in silence.
     """
     return sorted(
         file
         for file in folder.iterdir()
-        if file.suffix.lower() in FORMATS and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in FORMATS and not file.name.startswith(".") and (file.is_file() or not file.exists())
     )
 
 

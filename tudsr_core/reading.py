@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from . import png
-from .files import FORMATS, Picture, PictureError, Unsuitable, check_size
+from .files import FORMATS, Picture, PictureError, Unsuitable, check_file_bytes, check_size
 from .metadata import ORIENTATION, read_exif, usable_dpi, usable_icc
 from .raster import Raster, cmyk_to_rgb, scaled
 from .tiff import MAGIC as TIFF_MAGIC
@@ -39,17 +39,20 @@ def read_picture(path: Path, max_megapixels: float | None = None) -> Picture:
     """
     path = Path(path)
     try:
-        if path.stat().st_size == 0:
-            raise PictureError(f"{path} is empty (0 bytes); copy or download it again")
-        with path.open("rb") as file:
-            head = file.read(32)
+        file_bytes = path.stat().st_size
+        head = b""
+        if file_bytes:  # a named pipe has none, and would be waited for
+            with path.open("rb") as file:
+                head = file.read(32)
     except (FileNotFoundError, NotADirectoryError):
         raise PictureError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError) as error:
         raise PictureError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not head:
+        raise PictureError(f"{path} is empty (0 bytes); copy or download it again")
     try:
         with _quiet_pillow():
-            return _read(path, head, max_megapixels)
+            return _read(path, head, file_bytes, max_megapixels)
     except Unsuitable as error:
         raise PictureError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
@@ -61,23 +64,24 @@ def read_picture(path: Path, max_megapixels: float | None = None) -> Picture:
         raise PictureError(f"{path} is damaged or incomplete ({reason:.200}); copy or download it again") from error
 
 
-def _read(path: Path, head: bytes, max_megapixels: float | None) -> Picture:
-    if head[:4] in TIFF_MAGIC:
+def _read(path: Path, head: bytes, file_bytes: int, max_megapixels: float | None) -> Picture:
+    if head[:4] in TIFF_MAGIC:  # read in pieces: of a long file of many pictures, only the first
         return _read_tiff(path, max_megapixels)
+    check_file_bytes(file_bytes, max_megapixels)
     if head[:8] == png.MAGIC:
         return _read_png(path.read_bytes(), max_megapixels)
     kinds = {b"\xff\xd8\xff": "JPEG", b"GIF": "GIF", b"BM": "BMP"}
     kind = next((name for magic, name in kinds.items() if head.startswith(magic)), None)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         kind = "WEBP"
-        check_size(_webp_size(head), 4, path.stat().st_size, max_megapixels)
+        check_size(_webp_size(head), 4, file_bytes, max_megapixels)
     if kind is None:
         names = ", ".join(sorted(set(FORMATS.values())))
         raise Unsuitable(f"this is not a picture that tudsr reads ({names}, GIF, BMP)")
     if kind == "JPEG" and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
         raise Unsuitable(f"it has more than {MAX_SCANS} scans; save it again as a plain JPEG")
     with Image.open(path, formats=[kind]) as image:
-        raster = _decode(image, path.stat().st_size, max_megapixels, image.info.get("icc_profile"))
+        raster = _decode(image, file_bytes, max_megapixels, image.info.get("icc_profile"))
         exif, exif_dpi, notes = read_exif(image.info.get("exif") or b"")
         return _picture(raster, exif, image.info.get("dpi") or exif_dpi, notes)
 
