@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 # Cases of the default test run, and of `--all`.
 COUNTS = {"pictures": (150, 10_300), "weights": (100, 3_253), "prompts": (50, 1_550)}
-CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 10, 120, 2 * 2**30
+CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 10, 900, 2 * 2**30
 # The system's stop, far above what is judged: a case that wants this much must not hurt the machine.
 MEMORY_STOP_BYTES = 8 * 2**30
 
