@@ -35,15 +35,16 @@ from harness import measure, take_turns
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tudsr_core import vae_stream
-from tudsr_core.image import resize
-from tudsr_core.local import DTYPES, Backbone
-from tudsr_core.pipeline import UpscaleOptions, upscale
-from tudsr_core.plan import StageLimits, Target
-from tudsr_core.stage_tiles import fit_tile
-from tudsr_core.tiles import Canvas, TilePlan, plan_tiles
-from tudsr_core.vae_graph import run_untiled
-from tudsr_core.vae_tiling import Tiling
+from tudsr_core.backends.local import DTYPES, Backbone
+from tudsr_core.methods.plan import StageLimits, Target
+from tudsr_core.methods.two_stage import UpscaleOptions, upscale
+from tudsr_core.pictures.tensors import resize
+from tudsr_core.tiling.blending import TileBlender
+from tudsr_core.tiling.fitting import fit_tile
+from tudsr_core.tiling.plan import TilePlan, plan_tiles
+from tudsr_core.vae import stream as vae_stream
+from tudsr_core.vae.graph import run_untiled
+from tudsr_core.vae.stream import VAETiling
 
 COMFYUI = {"ComfyUI, untiled nodes": "whole", "ComfyUI, tiled nodes": "tiled", "ours in ComfyUI": "ours"}
 METHODS = {
@@ -85,7 +86,7 @@ def run_stage(method: str, px: int, args: argparse.Namespace) -> tuple[Callable,
 
 def denoise(backbone: Backbone, z: Tensor, plan: TilePlan, text: Tensor) -> Tensor:
     """Return eps of the tiles, blended, one call each."""
-    canvas = Canvas(plan, "published")
+    canvas = TileBlender(plan, "published")
     for tile in plan:
         part = tile.cut(z).to(backbone.device, backbone.dtype)
         canvas.add(tile, backbone.unet(part, 200, encoder_hidden_states=text).sample.float().cpu())
@@ -128,7 +129,7 @@ def run_vae(method: str, px: int, args: argparse.Namespace, side: str) -> tuple[
         if method == "diffusers tiles":
             tiled = vae._tiled_encode(inside) if side == "encoder" else vae.tiled_decode(inside).sample
             return tiled.float().cpu()
-        tiling = Tiling(int(method.split()[1].strip(",")))
+        tiling = VAETiling(int(method.split()[1].strip(",")))
         if side == "encoder":
             return backbone.tiled_vae.encode(x / 2 + 0.5, lambda: None, tiling)
         return backbone.tiled_vae.decode(x, lambda: None, tiling) * 2 - 1

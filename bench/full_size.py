@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tudsr_core.checkpoints import DTYPES
-from tudsr_core.local import Backbone, LocalNetworks
-from tudsr_core.pipeline import Model, Stage
-from tudsr_core.plan import StageLimits
-from tudsr_core.schedule import from_noise_level
-from tudsr_core.sd21 import UNET_CONFIG, VAE_CONFIG
+from tudsr_core.backends.local import Backbone, LocalNetworks
+from tudsr_core.backends.sd21 import UNET_CONFIG, VAE_CONFIG
+from tudsr_core.diffusion.one_step import from_noise_level
+from tudsr_core.methods.plan import StageLimits
+from tudsr_core.methods.two_stage import Stage, TwoStageModel
+from tudsr_core.weights.checkpoints import DTYPES
 
 CONFIGS = {
     "unet": (UNet2DConditionModel, {**UNET_CONFIG, "in_channels": 4, "out_channels": 4}),
@@ -52,10 +52,10 @@ def load_text(folder: Path) -> Tensor:
     return load_file(folder / "text.safetensors")["text"]
 
 
-def load_model(folder: Path, device: str = "cpu", dtype: str = "fp32") -> Model:
+def load_model(folder: Path, device: str = "cpu", dtype: str = "fp32") -> TwoStageModel:
     """Return a two-stage model; both stages share the bare backbone."""
     text = load_text(folder)
     unet, vae = (load_network(folder, name, device, dtype) for name in CONFIGS)
     backbone = Backbone(vae, unet, lambda *words: text.expand(len(words), -1, -1), torch.device(device), DTYPES[dtype])
     stages = [Stage(LocalNetworks(backbone), (from_noise_level(t),), f"t={t}") for t in (200, 50)]
-    return Model(*stages, StageLimits())
+    return TwoStageModel(*stages, StageLimits())

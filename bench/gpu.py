@@ -19,9 +19,9 @@ import torch
 from full_size import load_model, write_weights
 from harness import measure
 
-from tudsr_core.checkpoints import DTYPES
-from tudsr_core.pipeline import UpscaleOptions, upscale
-from tudsr_core.plan import Target
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import UpscaleOptions, upscale
+from tudsr_core.weights.checkpoints import DTYPES
 
 
 def main() -> None:

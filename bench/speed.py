@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from harness import measure, take_turns
 
-from tudsr_core.evaluation import lanczos
-from tudsr_core.image import resize
-from tudsr_core.local import load_embedded
-from tudsr_core.pipeline import UpscaleOptions, upscale
-from tudsr_core.plan import Target
-from tudsr_core.tiles import Canvas, plan_tiles
+from tudsr_core.backends.local import load_embedded
+from tudsr_core.evaluation.measurement import lanczos
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import UpscaleOptions, upscale
+from tudsr_core.pictures.tensors import resize
+from tudsr_core.tiling.blending import TileBlender
+from tudsr_core.tiling.plan import plan_tiles
 
 SIZES = ("128x4", "256x8", "512x8")
 METHODS = ("lanczos", "plain", "ours")
@@ -51,7 +52,7 @@ def plain(model, image: torch.Tensor, factor: int) -> torch.Tensor:
         networks.backbone.unet_slot.use(networks.unet_patch)
         z = networks.backbone.latents(networks.backbone.vae, enlarged * 2 - 1)
         plan = plan_tiles(*z.shape[-2:], 128, 64, spacing="stride")
-        canvas = Canvas(plan, "published")
+        canvas = TileBlender(plan, "published")
         for tile in plan:
             eps = networks.backbone.unet(tile.cut(z), stage.steps[0].t, networks.condition("")).sample
             canvas.add(tile, eps)

@@ -12,19 +12,19 @@ def load_extension():
     try:
         from comfy_api.latest import ComfyExtension
 
+        from .host.messages import shows_warnings
         from .images import ColorFix
         from .loaders import LoadAdapter, LoadEmbedded
+        from .multidiffusion import MultiDiffusion
         from .one_step import OneStepLatent, OneStepSigmas
         from .plan import Plan
         from .prompters import ClipTags
-        from .prompts import ExtractTilePrompts, TilePromptsFromStrings
         from .regions import RegionConditioning
         from .taggers import LoadCaptioner, LoadDape
         from .tile_plan import PlanTiles, TileImages
-        from .tiles import MultiDiffusion
+        from .tile_prompts import ExtractTilePrompts, TilePromptsFromStrings
         from .upscale import StageOne, StageTwo, Upscale
         from .vae import VAEDecode, VAEEncode
-        from .words import shows_warnings
     except Exception:
         log.exception("comfyui-tudsr could not be loaded")
         raise

@@ -5,10 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..tudsr_core.color import COLOR_FIXES, match_color
-from ..tudsr_core.image import resize
-from ..tudsr_core.pipeline import UpscaleOptions, check_image
-from .tiles import CATEGORY
+from ..tudsr_core.methods import UpscaleOptions, check_image
+from ..tudsr_core.pictures import COLOR_FIXES, match_color, resize
+from .inputs import CATEGORY
 
 
 def rgb(image: Tensor) -> Tensor:

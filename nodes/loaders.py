@@ -10,16 +10,14 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
-from ..tudsr_core.checkpoints import embedded_path, read_adapter, read_model
-from ..tudsr_core.known_files import where_to_get
 from ..tudsr_core.methods import METHODS
-from ..tudsr_core.tensor_files import SUFFIXES, CheckpointError
 from ..tudsr_core.untrusted import shown
-from .adapters import ManagedPredictor, VAEChange, apply, apply_to_unet, low_patches, unet_keys, with_change
-from .embedded import UNET_PREFIX, build
-from .model_files import find_below, list_below, model_roots
-from .stages import StageFacts, attach
-from .tiles import CATEGORY
+from ..tudsr_core.weights import SUFFIXES, CheckpointError, embedded_path, read_adapter, read_model, where_to_get
+from .host.adapters import ManagedPredictor, VAEChange, apply, apply_to_unet, low_patches, unet_keys, with_change
+from .host.embedded import UNET_PREFIX, build
+from .host.model_files import find_below, list_below, model_roots
+from .host.stages import StageFacts, attach
+from .inputs import CATEGORY
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from ..tudsr_core.diffusion import comfy_start_scale, from_noise_level, scaled_linear
 from ..tudsr_core.methods import METHODS
-from ..tudsr_core.schedule import comfy_start_scale, from_noise_level, scaled_linear
-from .stages import trained_facts
-from .tiles import CATEGORY
+from .host.stages import trained_facts
+from .inputs import CATEGORY
 from .upscale import timestep_input
 
 

@@ -10,13 +10,12 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..tudsr_core.image import resize
-from ..tudsr_core.pipeline import plan_for
-from ..tudsr_core.plan import UpscalePlan
-from ..tudsr_core.tiles import TilePlan
+from ..tudsr_core.methods import UpscalePlan, plan_for
+from ..tudsr_core.pictures import resize
+from ..tudsr_core.tiling import TilePlan
+from .host.stages import build_stage, combine
 from .images import rgb
-from .stages import build_stage, combine
-from .tiles import CATEGORY, DEFAULTS, tile_inputs
+from .inputs import CATEGORY, DEFAULTS, tile_inputs
 from .upscale import MODEL_TIP, long_edge_input, native_size_input, published_input, target_from, target_inputs
 
 

@@ -16,12 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..tudsr_core.files import temporary_beside
-from ..tudsr_core.prompters import ClipTagPrompter, TagChoice, check_tag_space, check_tags, read_tags
-from ..tudsr_core.prompts import Tick, content_key
-from .model_files import find_below, list_below, model_roots
-from .prompts import PrompterType
-from .tiles import CATEGORY
+from ..tudsr_core.atomic import temporary_beside
+from ..tudsr_core.prompts import (
+    ClipTagPrompter,
+    CountProgress,
+    TagChoice,
+    check_tag_space,
+    check_tags,
+    content_key,
+    read_tags,
+)
+from .host.model_files import find_below, list_below, model_roots
+from .inputs import CATEGORY
+from .tile_prompts import PrompterType
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ def weights_mark(module: torch.nn.Module, patcher: Any) -> str:
     return content_key(patches, *(row.detach().float().cpu() for row in rows))
 
 
-def embed_pictures(clip_vision: Any, tiles: Sequence[Tensor], tick: Tick) -> Tensor:
+def embed_pictures(clip_vision: Any, tiles: Sequence[Tensor], tick: CountProgress) -> Tensor:
     """Return CLIP's projected embeddings `N D` of tiles `3 h w`."""
     found, start = [], 0
     while start < len(tiles):

@@ -9,10 +9,10 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..tudsr_core.tiles import TilePlan
-from .conds import crop_control
-from .tile_text import Conditioning, TilePromptsType, encode_texts, positive_texts
-from .tiles import CATEGORY
+from ..tudsr_core.tiling import TilePlan
+from .host.conditions import crop_control
+from .host.tile_texts import Conditioning, TilePromptsType, encode_texts, positive_texts
+from .inputs import CATEGORY
 
 
 def region_conditioning(

@@ -9,12 +9,11 @@ import comfy.model_management
 import comfy.model_patcher
 from comfy_api.latest import io
 
-from ..tudsr_core.captions import CaptionPrompter, caption_kind
-from ..tudsr_core.prompters import TaggerPrompter
-from ..tudsr_core.tensor_files import CheckpointError, open_safetensors
-from .model_files import find_below, list_below, model_roots
-from .prompts import PrompterType
-from .tiles import CATEGORY
+from ..tudsr_core.prompts import CaptionPrompter, TaggerPrompter, caption_kind
+from ..tudsr_core.weights import CheckpointError, open_safetensors
+from .host.model_files import find_below, list_below, model_roots
+from .inputs import CATEGORY
+from .tile_prompts import PrompterType
 
 NO_TAGGER = "(put DAPE into models/tudsr)"
 NO_CAPTIONER = "(put a captioner's folder into models/tudsr or models/LLM)"
@@ -86,7 +85,7 @@ class LoadDape(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        from ..tudsr_core.models.dape import load_tagger
+        from ..tudsr_core.models import load_tagger
 
         tagger = load_tagger(find_below(model_roots(), model))
         patcher = patched(tagger.network)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from ..tudsr_core.image import resize
-from ..tudsr_core.plan import MAX_FACTOR, MAX_PIXELS
+from ..tudsr_core.methods import MAX_FACTOR, MAX_PIXELS
+from ..tudsr_core.pictures import resize
 from ..tudsr_core.prompts import cut_tiles
-from ..tudsr_core.stage_tiles import fit_overlap
-from ..tudsr_core.tiles import TilePlan, plan_tiles
-from .backend import pixels_per_latent
+from ..tudsr_core.tiling import TilePlan, fit_overlap, plan_tiles
+from .host.networks import pixels_per_latent
 from .images import rgb
+from .inputs import CATEGORY, sampling_tile_inputs
 from .plan import draw_tiles
-from .tiles import CATEGORY, sampling_tile_inputs
 
 TilePlanType = io.Custom("TILE_PLAN")
 

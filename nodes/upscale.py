@@ -10,15 +10,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..tudsr_core.color import COLOR_FIXES
-from ..tudsr_core.image import resize
-from ..tudsr_core.pipeline import Model, UpscaleOptions, upscale
-from ..tudsr_core.plan import StageLimits, Target
-from .backend import Progress
-from .kept import Kept
-from .stages import build_stage, combine
-from .tile_text import TilePromptsType
-from .tiles import CATEGORY, DEFAULTS, tile_inputs
+from ..tudsr_core.methods import StageLimits, Target, TwoStageModel, UpscaleOptions, upscale
+from ..tudsr_core.pictures import COLOR_FIXES, resize
+from .host.kept import Kept
+from .host.networks import ProgressBar
+from .host.stages import build_stage, combine
+from .host.tile_texts import TilePromptsType
+from .inputs import CATEGORY, DEFAULTS, tile_inputs
 
 _kept = Kept()
 
@@ -146,7 +144,12 @@ def options_from(values: dict) -> UpscaleOptions:
 
 
 def run(
-    image: Tensor, mask: Tensor | None, model: Model, target: Target, options: UpscaleOptions, given: Sequence[Any]
+    image: Tensor,
+    mask: Tensor | None,
+    model: TwoStageModel,
+    target: Target,
+    options: UpscaleOptions,
+    given: Sequence[Any],
 ) -> io.NodeOutput:
     """Call the core on `B H W C` and an optional mask, return IMAGE and MASK.
 
@@ -160,7 +163,7 @@ def run(
     pixels = image.movedim(-1, 1).float()
     if mask is not None and pixels.shape[1] == 3:
         pixels = torch.cat([pixels, 1 - _fit_mask(mask, pixels)], 1)
-    result = upscale(pixels, model, target, options, Progress(model.first.networks.model)).movedim(1, -1)
+    result = upscale(pixels, model, target, options, ProgressBar(model.first.networks.model)).movedim(1, -1)
     alpha = 1 - result[..., 3] if result.shape[-1] == 4 else torch.zeros(result.shape[:3])
     made = result[..., :3], alpha
     _kept.keep(image, (mask, *given), values, made)

@@ -8,12 +8,12 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
-from ..tudsr_core.vae_tiling import Side, Tiling
-from .exact_vae import ExactVAE
+from ..tudsr_core.vae import Side, VAETiling
+from .host.exact_vae import ExactVAE
 from .images import rgb
-from .tiles import CATEGORY
+from .inputs import CATEGORY
 
-DEFAULTS = Tiling()
+DEFAULTS = VAETiling()
 
 
 def tiling_inputs() -> list:
@@ -45,7 +45,7 @@ def tiling_inputs() -> list:
     ]
 
 
-def progress(vae: ExactVAE, side: Side, size: tuple[int, int], batch: int, tiling: Tiling) -> Callable[[], None]:
+def progress(vae: ExactVAE, side: Side, size: tuple[int, int], batch: int, tiling: VAETiling) -> Callable[[], None]:
     """Return an `on_tile` that moves ComfyUI's bar and raises when the user cancels."""
     bar = comfy.utils.ProgressBar(batch * vae.tiled.count(side, size, tiling))
 
@@ -79,7 +79,7 @@ class VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae, tile, planes, attention) -> io.NodeOutput:
-        exact, tiling = ExactVAE(vae), Tiling(tile, planes, attention)
+        exact, tiling = ExactVAE(vae), VAETiling(tile, planes, attention)
         image = rgb(pixels)
         height, width = image.shape[-2:]
         if min(height, width) < exact.scale:
@@ -112,7 +112,7 @@ class VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, tile, planes, attention) -> io.NodeOutput:
-        exact, tiling, z = ExactVAE(vae), Tiling(tile, planes, attention), samples["samples"]
+        exact, tiling, z = ExactVAE(vae), VAETiling(tile, planes, attention), samples["samples"]
         if z.ndim != 4 or z.shape[1] != vae.latent_channels or 0 in z.shape:
             raise ValueError(
                 f"this latent is {tuple(z.shape)}, but this VAE decodes pictures of {vae.latent_channels} channels "

@@ -12,7 +12,13 @@ from pathlib import Path
 TUDSR = [sys.executable, "-m", "tudsr_core"]
 WIDE = {**os.environ, "COLUMNS": "400"}
 # Not the command's own modules: they look at the environment when they are imported.
-HEAVY = ["torch", "tudsr_core.local", "tudsr_core.inspection", "tudsr_core.reading", "tudsr_core.writing"]
+HEAVY = [
+    "torch",
+    "tudsr_core.backends.local",
+    "tudsr_core.cli.inspection",
+    "tudsr_core.pictures.reading",
+    "tudsr_core.pictures.writing",
+]
 
 
 def _run(arguments: list[str], folder: str, env: dict[str, str], files: list[str]) -> None:
@@ -25,7 +31,7 @@ def _run(arguments: list[str], folder: str, env: dict[str, str], files: list[str
         os.close(written)
     sys.stdin.close()
     sys.argv = ["tudsr", *arguments]
-    from tudsr_core.cli import main
+    from tudsr_core.cli.app import main
 
     main()
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tudsr_core.pipeline import Model, Stage
-from tudsr_core.plan import StageLimits
-from tudsr_core.schedule import from_noise_level
-from tudsr_core.stage_tiles import NetworkFacts
+from tudsr_core.diffusion.one_step import from_noise_level
+from tudsr_core.methods.networks import Encoded
+from tudsr_core.methods.plan import StageLimits
+from tudsr_core.methods.two_stage import Stage, TwoStageModel
+from tudsr_core.tiling.fitting import NetworkFacts
 
 
 class IdentityNetworks:
@@ -32,7 +33,7 @@ class IdentityNetworks:
 
     def encode(self, pixels, seed, on_tile):
         on_tile()
-        return torch.nn.functional.pixel_unshuffle(pixels, 8)
+        return Encoded(torch.nn.functional.pixel_unshuffle(pixels, 8))
 
     def denoise(self, z, t, condition, part, body):
         return body(self.predict)
@@ -44,9 +45,9 @@ class IdentityNetworks:
             raise torch.OutOfMemoryError("simulated")
         return self.eps(z)
 
-    def decode(self, z, on_tile):
+    def decode(self, encoded, on_tile):
         on_tile()
-        return torch.nn.functional.pixel_shuffle(z, 8)
+        return torch.nn.functional.pixel_shuffle(encoded.z, 8)
 
     def condition(self, text):
         return text
@@ -55,17 +56,17 @@ class IdentityNetworks:
         return isinstance(error, torch.OutOfMemoryError)
 
 
-def identity_model(**options) -> Model:
+def identity_model(**options) -> TwoStageModel:
     """Return a two-stage model of `IdentityNetworks` at t = 200 and t = 50."""
     first = Stage(IdentityNetworks(200, **options), (from_noise_level(200),), "stage one")
     second = Stage(IdentityNetworks(50), (from_noise_level(50),), "stage two")
-    return Model(first, second, StageLimits())
+    return TwoStageModel(first, second, StageLimits())
 
 
 @pytest.fixture(scope="session")
 def embedded():
     """Return the model shipped with the package, on the CPU."""
-    from tudsr_core.local import load_embedded
+    from tudsr_core.backends.local import load_embedded
 
     return load_embedded("cpu")
 
@@ -95,7 +96,7 @@ def browser_server(tmp_path_factory):
     from comfyui import Server
     from PIL import Image
 
-    from tudsr_core.evaluation import example_path
+    from tudsr_core.evaluation.measurement import example_path
 
     base = tmp_path_factory.mktemp("browser")
     server = Server(comfyui_for_browser(), base)

@@ -291,7 +291,9 @@ def picture(batch, height, width, channels=3):
 
 def library(scale, image, **changes):
     """The same through the core's diffusers backend; wants and gives B H W C."""
-    local, pipeline, plan = (part(f"tudsr_core.{name}") for name in ("local", "pipeline", "plan"))
+    local, pipeline, plan = (
+        part(f"tudsr_core.{name}") for name in ("backends.local", "methods.two_stage", "methods.plan")
+    )
     options = pipeline.UpscaleOptions(128, 32, color_fix="none", **changes)
     out = pipeline.upscale(image.movedim(-1, 1), local.load_embedded("cpu"), plan.Target(scale=scale), options)
     return out.movedim(1, -1)
@@ -372,7 +374,7 @@ def check_v_prediction_is_refused():
     model.model.model_sampling = comfy.model_base.model_sampling(
         model.model.model_config, comfy.model_base.ModelType.V_PREDICTION
     )
-    stages = part("nodes.stages")
+    stages = part("nodes.host.stages")
     try:
         stages.build_stage(model, FoldVAE(), text(0), 1, 200)
     except ValueError as error:
@@ -382,7 +384,7 @@ def check_v_prediction_is_refused():
 
 
 def check_a_vae_or_text_of_another_model_is_refused():
-    stages = part("nodes.stages")
+    stages = part("nodes.host.stages")
     first, _, vae, conditioning = embedded()
     wide = stub_model()
     wide.model.model_config.unet_config["context_dim"] = 1024
@@ -423,8 +425,8 @@ class FoldVAE:
 
 
 def check_out_of_memory_gives_the_same_picture_with_smaller_tiles():
-    stages, pipeline = part("nodes.stages"), part("tudsr_core.pipeline")
-    plan = part("tudsr_core.plan")
+    stages, pipeline = part("nodes.host.stages"), part("tudsr_core.methods.two_stage")
+    plan = part("tudsr_core.methods.plan")
     image, outs = picture(1, 64, 64).movedim(-1, 1), []
     for fail_at in (None, 3):
         model = stub_model(True)
@@ -439,7 +441,9 @@ def check_out_of_memory_gives_the_same_picture_with_smaller_tiles():
 
 
 def check_control_acts_in_the_upscaler():
-    stages, pipeline, plan = (part(name) for name in ("nodes.stages", "tudsr_core.pipeline", "tudsr_core.plan"))
+    stages, pipeline, plan = (
+        part(name) for name in ("nodes.host.stages", "tudsr_core.methods.two_stage", "tudsr_core.methods.plan")
+    )
     image, seen = picture(1, 32, 40).movedim(-1, 1), []
     hint = torch.rand(1, 3, 128, 160)
     control = HintControl(seen).set_cond_hint(hint)
@@ -524,12 +528,12 @@ def check_each_stage_has_its_adapters_vae_as_on_the_command_line():
 def check_the_adapters_vae_is_found_where_it_is_needed():
     base, vae = published_model()
     first, vae_one, _ = load_published("omgsr", base, vae)
-    change, adapters = part("nodes.stages").facts_of(first).vae, part("nodes.adapters")
+    change, adapters = part("nodes.host.stages").facts_of(first).vae, part("nodes.host.adapters")
     assert adapters.with_change(vae_one, change) is vae_one and adapters.with_change(vae_one, None) is vae
     again = adapters.with_change(vae, change)
     pixels = (load_file(PUBLISHED / "inputs.safetensors")["pixels"] / 2 + 0.5).movedim(1, -1)
     assert torch.equal(again.encode(pixels), vae_one.encode(pixels))
-    assert part("nodes.stages").facts_of(load_published("pisa_sr", base, vae)[0]).vae is None
+    assert part("nodes.host.stages").facts_of(load_published("pisa_sr", base, vae)[0]).vae is None
     import folder_paths
 
     folder_paths.add_model_folder_path("tudsr", str(PUBLISHED))
@@ -538,16 +542,16 @@ def check_the_adapters_vae_is_found_where_it_is_needed():
 
 
 def check_pisa_dials_through_comfyui():
-    stages, pipeline = part("nodes.stages"), part("tudsr_core.pipeline")
-    tiles = part("tudsr_core.tiles")
+    stages, pipeline = part("nodes.host.stages"), part("tudsr_core.methods.two_stage")
+    tiles = part("tudsr_core.tiling.plan")
     given = load_file(PUBLISHED / "inputs.safetensors")
     pix, full = wanted("pisa_sr.pix"), wanted("pisa_sr.eps")
     for fidelity, detail in ((1.0, 1.0), (0.6, 1.3), (1.0, 0.0)):
         model, vae, _ = load_published("pisa_sr", fidelity=fidelity, detail=detail)
         vae.downscale_ratio = vae.upscale_ratio = 8
         stage = stages.build_stage(model, vae, [[given["text"], {}]], 1, 0)
-        sweep = part("tudsr_core.sweep").Sweep(tiles.plan_tiles(16, 24, 64, 16))
-        z = pipeline.restore_latent(pipeline.Start(given["z"]), stage, sweep, lambda preview: None)
+        sweep = part("tudsr_core.tiling.run").TiledRun(tiles.plan_tiles(16, 24, 64, 16))
+        z = pipeline.restore_latent(pipeline.StartLatent(given["z"]), stage, sweep, lambda preview: None)
         eps = fidelity * pix + detail * (full - pix)
         assert (z - (given["z"] - eps)).abs().max() < 5e-5, (
             fidelity,
@@ -601,7 +605,9 @@ def check_adapters_work_on_an_fp8_base():
 
 def check_invsr_equals_its_formulas_written_out():
     """InvSR through Load TUDSR Adapter and the upscaler against its formulas written out, 1 and 3 steps."""
-    stages, pipeline, plan = (part(name) for name in ("nodes.stages", "tudsr_core.pipeline", "tudsr_core.plan"))
+    stages, pipeline, plan = (
+        part(name) for name in ("nodes.host.stages", "tudsr_core.methods.two_stage", "tudsr_core.methods.plan")
+    )
     given, image = load_file(PUBLISHED / "inputs.safetensors"), picture(1, 24, 32).movedim(-1, 1)
     for count in (1, 3):
         model, _, _ = load_published("noise_predictor", steps=count)
@@ -647,7 +653,7 @@ def check_the_methods_prompt_comes_from_the_users_clip():
         def encode_from_tokens_scheduled(self, tokens):
             return [[tokens, {}]]
 
-    methods = part("tudsr_core.methods")
+    methods = part("tudsr_core.methods.published")
     assert load_published("noise_predictor", clip=Words())[2] == [[methods.INVSR_PROMPT, {}]]
     assert load_published("omgsr", clip=Words())[2] == [["", {}]]
     blocked = load_published("omgsr")[2]
@@ -678,7 +684,7 @@ def vae_nodes(vae, image, tile=64, planes="host", attention="exact"):
 def check_exact_tiled_vae_equals_comfyuis_own():
     # Four channels to a group, as in SD: a group of one has no variance at all on a constant picture.
     vae = small_vae(ch=128, ch_mult=[1, 1])
-    tiling, exact = part("tudsr_core.vae_stream").Tiling, part("nodes.exact_vae").ExactVAE(vae)
+    tiling, exact = part("tudsr_core.vae.stream").VAETiling, part("nodes.host.exact_vae").ExactVAE(vae)
     halves = torch.zeros(2, 38, 54, 3)
     halves[:, :, 27:] = 1
     for image in (picture(2, 38, 54), torch.full((1, 38, 54, 3), 0.3), halves, noise(1, 38, 54, 3).sigmoid()):
@@ -812,18 +818,18 @@ def check_extra_model_folders_are_searched():
     (extra.parent / "outside.safetensors").write_bytes(b"")
     try:
         loaders.find_adapter("../outside.safetensors")
-    except part("tudsr_core.tensor_files").CheckpointError as error:
+    except part("tudsr_core.weights.tensor_files").CheckpointError as error:
         assert "models" in str(error) or str(extra) in str(error)
     else:
         raise AssertionError("left the models folder")
 
 
 def check_an_adapter_for_another_unet_is_refused():
-    ours, adapters = part("nodes.adapters"), part("tudsr_core.adapters")
+    ours, adapters = part("nodes.host.adapters"), part("tudsr_core.weights.adapters")
     low = adapters.Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
     try:
         ours.apply(stub_model(), adapters.Patch({"nowhere.to_q": low}), {}, "foreign", "UNet")
-    except part("tudsr_core.tensor_files").CheckpointError as error:
+    except part("tudsr_core.weights.tensor_files").CheckpointError as error:
         assert "foreign" in str(error) and "nowhere.to_q" in str(error)
     else:
         raise AssertionError("accepted")
@@ -893,7 +899,7 @@ def check_small_pictures_are_enlarged_to_the_native_size_first():
     assert len(model.model.diffusion_model.calls) == 5 * 7, len(model.model.diffusion_model.calls)
     assert made.shape == (1, 176, 240, 3) and alpha[0, 80, 60] < 0.01 and alpha[0, 80, 200] > 0.99
     made = run(image, model, FoldVAE(), text(0.1), 4.0, 200, **OPTIONS).args[0]
-    resize = part("tudsr_core.image").resize
+    resize = part("tudsr_core.pictures.tensors").resize
     large = resize(image.movedim(-1, 1), (128, 174)).clamp(0, 1).movedim(1, -1)
     wanted = run(large, model, FoldVAE(), text(0.1), 4.0, 200, **OPTIONS).args[0]
     assert (made - resize(wanted.movedim(-1, 1), (176, 240)).clamp(0, 1).movedim(1, -1)).abs().max() < 1e-5
@@ -906,7 +912,7 @@ def check_small_pictures_are_enlarged_to_the_native_size_first():
 
 
 def check_widget_defaults_are_the_librarys():
-    options = part("tudsr_core.pipeline").UpscaleOptions()
+    options = part("tudsr_core.methods.two_stage").UpscaleOptions()
     for name in ("TUDSRUpscale", "TUDSRStageOne", "TUDSRStageTwo"):
         defaults = {one.id: getattr(one, "default", None) for one in NODES[name].GET_SCHEMA().inputs}
         wanted = {

@@ -51,7 +51,7 @@ def check_adapters_behind_links_are_offered_and_found():
 
 
 def check_names_do_not_leave_the_models_folder():
-    model_files = part("nodes.model_files")
+    model_files = part("nodes.host.model_files")
     inside, outside = models("tudsr")
     (outside / "secret.txt").write_text("x", encoding="utf-8")
     for name in (f"../{outside.name}/secret.txt", str(outside / "secret.txt"), f"a/../../{outside.name}/secret.txt"):

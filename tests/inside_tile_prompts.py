@@ -20,10 +20,10 @@ import comfy.samplers
 import folder_paths
 import torch
 
-prompts_module = part("tudsr_core.prompts")
-tiles_module = part("tudsr_core.tiles")
+prompts_module = part("tudsr_core.prompts.tile_prompts")
+tiles_module = part("tudsr_core.tiling.plan")
 # As on a GPU: which row of a batch gets which text is what is checked here.
-part("nodes.tiles").batches_tiles = lambda x: True
+part("nodes.multidiffusion").batches_tiles = lambda x: True
 
 
 def word_eps(x, t, context, pointwise=False):
@@ -370,12 +370,16 @@ def check_prompts_matter_where_they_are():
 
 def one_step_with(method, prompts, sweep_plan, start):
     """Stage one of a method with tile prompts on a latent; returns z_H."""
-    stages, pipeline, sweep = part("nodes.stages"), part("tudsr_core.pipeline"), part("tudsr_core.sweep")
+    stages, pipeline, sweep = (
+        part("nodes.host.stages"),
+        part("tudsr_core.methods.two_stage"),
+        part("tudsr_core.tiling.run"),
+    )
     model = stages.attach(stub_model(), stages.StageFacts("an adapter", 1, method))
     stage = stages.build_stage(model, base.FoldVAE(), text(0.1), 1, 0, prompts, WordClip())
     with torch.inference_mode():
         return pipeline.restore_latent(
-            pipeline.Start(start), stage, sweep.Sweep(sweep_plan, "uniform", 2), lambda preview: None
+            pipeline.StartLatent(start), stage, sweep.TiledRun(sweep_plan, "uniform", 2), lambda preview: None
         )
 
 
@@ -383,7 +387,7 @@ def check_one_step_methods_trained_with_tags_take_tile_prompts():
     """OSEDiff's step with a text per tile against the average of its tiles written out; other grids find their text."""
     start, plan = noise(1, 4, 30, 44), tiles_module.plan_tiles(30, 44, 16, 6)
     prompts = tile_prompts(plan)
-    step = part("tudsr_core.schedule").from_noise_level(999)
+    step = part("tudsr_core.diffusion.one_step").from_noise_level(999)
     total, count = torch.zeros_like(start), torch.zeros_like(start)
     for tile in plan:
         box = (..., slice(tile.top, tile.top + 16), slice(tile.left, tile.left + 16))
@@ -400,7 +404,7 @@ def check_one_step_methods_trained_with_tags_take_tile_prompts():
 def check_one_step_methods_with_a_fixed_text_say_that_they_ignore_tile_prompts():
     start, plan = noise(1, 4, 20, 24), tiles_module.plan_tiles(20, 24, 16, 6)
     said = []
-    log = part("nodes.stages").log
+    log = part("nodes.host.stages").log
     log.warning, before = (lambda *words: said.append(words[0])), log.warning
     try:
         with_prompts = one_step_with("omgsr", tile_prompts(plan), plan, start)
@@ -424,7 +428,7 @@ def check_the_estimate_agrees_with_clips_tokenizer():
 
     from comfy.sd1_clip import SD1Tokenizer
 
-    tokenizer, tags = SD1Tokenizer(), part("tudsr_core.prompters").read_tags()
+    tokenizer, tags = SD1Tokenizer(), part("tudsr_core.prompts.prompters").read_tags()
     chance, kept = random.Random(0), 0
     for _ in range(400):
         words = ", ".join(chance.sample(tags, chance.randint(5, 40)))
@@ -599,7 +603,7 @@ def check_clip_tags_run_on_comfyuis_own_models():
     assert len(kept) == 1
     tiles = prompts_module.cut_tiles(image[0].movedim(-1, 0), plan)
     pictures = torch.cat([vision.encode_image(t.movedim(0, -1)[None], crop=False)["image_embeds"] for t in tiles])
-    core = part("tudsr_core.prompters")
+    core = part("tudsr_core.prompts.prompters")
     wanted = core.choose_tags(pictures, words, prompter.names, core.TagChoice(5, 1.5, 0.5))
     assert [one.text for one in wanted] == [one.text for one in first.prompts]
     assert any(one.tags for one in first.prompts)

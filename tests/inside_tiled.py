@@ -163,12 +163,12 @@ def check_the_start_picture_of_a_real_video_model_is_cut():
 
 def check_planes_that_only_some_models_have_are_cut():
     """Masks and poses of video models are plain conditions of the latent's sides."""
-    conds, whole = part("nodes.conds"), noise(1, 16, 3, 24, 38)
+    conds, whole = part("nodes.host.conditions"), noise(1, 16, 3, 24, 38)
     pose, words = noise(1, 7, 3, 24, 38, seed=1), noise(1, 24, 38, seed=2)
     given = {"pose": comfy.conds.CONDRegular(pose), "words": comfy.conds.CONDCrossAttn(words)}
     given |= {"strength": comfy.conds.CONDConstant(0.5), "pictures": comfy.conds.CONDList([whole])}
     entry = {"model_conds": given}
-    tile = part("tudsr_core.tiles").Tile(0, 8, 20, 16, 16)
+    tile = part("tudsr_core.tiling.plan").Tile(0, 8, 20, 16, 16)
     assert conds.is_spatial([[entry]], whole.shape)
     (cut,) = conds.crop_conds([entry], tile, whole, {})
     assert torch.equal(cut["model_conds"]["pose"].cond, pose[..., 8:24, 20:36])

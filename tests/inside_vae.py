@@ -63,7 +63,7 @@ def check_packed_and_normalised_latents_are_the_owners():
     vae = flux2_vae()
     latent = nodes_equal_the_owner(vae)
     assert latent.shape == (2, 16, 8, 12)
-    exact, image = part("nodes.exact_vae").ExactVAE(vae), picture(1, 64, 96).movedim(-1, 1)
+    exact, image = part("nodes.host.exact_vae").ExactVAE(vae), picture(1, 64, 96).movedim(-1, 1)
     ticks = []
     exact.encode(image, lambda: ticks.append(1))
     exact.decode(latent[:1], lambda: ticks.append(1))
@@ -73,7 +73,7 @@ def check_packed_and_normalised_latents_are_the_owners():
     # A draw is made before packing: undone, it is off from the mode by noise times the deviation.
     network = vae.first_stage_model
     moments = network.quant_conv(network.encoder(vae.process_input(image)))
-    mean = part("tudsr_core.vae_tiling").draw(moments, 4, 3)
+    mean = part("tudsr_core.vae.tiled").posterior_latent(moments, 4, 3)
     network.regularization.forward = lambda z: (mean, None)
     close(drawn, network.encode(vae.process_input(image)))
 

@@ -128,7 +128,7 @@ def check_the_overlap_follows_a_small_tile_and_says_so():
 
 
 def check_only_the_warnings_of_the_run_are_shown():
-    log = part("nodes.stages").log
+    log = part("nodes.host.stages").log
     log.warning("of nobody")
     made = upscale(2.0, picture(1, 16, 16), tile=128, overlap=256)
     assert said(made).splitlines() == ["Note: overlap 256 is not smaller than the tile (128); 64 is used"]

@@ -218,9 +218,9 @@ def invsr_picture(unet: nn.Module, path: Path, timesteps: tuple[int, ...], image
     """
     from diffusers import EulerDiscreteScheduler
 
-    from tudsr_core.checkpoints import read_adapter
-    from tudsr_core.image import resize
     from tudsr_core.models.invsr import build_predictor
+    from tudsr_core.pictures.tensors import resize
+    from tudsr_core.weights.checkpoints import read_adapter
 
     betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     sigmas = EulerDiscreteScheduler(**betas).sigmas.flip(0)[1:]
@@ -246,10 +246,10 @@ def waves(height: int, width: int) -> Tensor:
 
 def two_stages(one: Path, two: Path, image: Tensor) -> Tensor:
     """Return the command line's picture of `image` `1 3 h w` at x4: two adapters on one base."""
-    from tudsr_core.checkpoints import read_adapter
-    from tudsr_core.local import AdapterOptions, Backbone, adapted_stage
-    from tudsr_core.pipeline import Model, UpscaleOptions, upscale
-    from tudsr_core.plan import StageLimits, Target
+    from tudsr_core.backends.local import AdapterOptions, Backbone, adapted_stage
+    from tudsr_core.methods.plan import StageLimits, Target
+    from tudsr_core.methods.two_stage import TwoStageModel, UpscaleOptions, upscale
+    from tudsr_core.weights.checkpoints import read_adapter
 
     unet, vae = networks()
     backbone = Backbone(vae, unet, lambda *texts: inputs()["text"][:1], torch.device("cpu"), torch.float32)
@@ -257,7 +257,10 @@ def two_stages(one: Path, two: Path, image: Tensor) -> Tensor:
         adapted_stage(backbone, read_adapter(path, None, i), AdapterOptions()) for i, path in ((1, one), (2, two))
     ]
     return upscale(
-        image, Model(*stages, StageLimits()), Target(scale=4), UpscaleOptions(color_fix="none", native_size=False)
+        image,
+        TwoStageModel(*stages, StageLimits()),
+        Target(scale=4),
+        UpscaleOptions(color_fix="none", native_size=False),
     )
 
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from tudsr_core import console
-from tudsr_core.batch import Job, plan_jobs
-from tudsr_core.files import Picture, PictureError
+from tudsr_core.batch import Job, OpenJob, plan_jobs
+from tudsr_core.cli import console
+from tudsr_core.pictures.files import Picture, PictureError
 
 
 @pytest.fixture
@@ -84,15 +84,19 @@ def printed(monkeypatch):
 def run(tmp_path, names, failing=(), error=ValueError, **options):
     """Run jobs that only write a byte; the failing ones raise."""
 
+    class Plan:
+        def describe(self):
+            return ["2 x 2"]
+
     def open_one(job):
         if job.source.name in failing:
             raise error(f"{job.source.name} is damaged")
-        return Picture(torch.zeros(1, 3, 2, 2)), ["2 x 2"]
+        return OpenJob(job, Picture(torch.zeros(1, 3, 2, 2)), Plan())
 
-    def finish_one(job, picture, tick):
+    def finish_one(opened, tick):
         tick(1, 1, None)
-        job.output.write_bytes(b"x")
-        return picture
+        opened.job.output.write_bytes(b"x")
+        return opened.picture
 
     jobs = [Job(tmp_path / name, tmp_path / "out" / name) for name in names]
     (tmp_path / "out").mkdir(exist_ok=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tudsr_core.local import load_embedded
-from tudsr_core.pipeline import UpscaleOptions, upscale
-from tudsr_core.plan import Target
+from tudsr_core.backends.local import load_embedded
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import UpscaleOptions, upscale
 
 BENCH = Path(__file__).parent.parent / "bench"
 CAN_MEASURE = pytest.mark.skipif(

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tudsr_core.captions import CaptionPrompter, caption_kind
+from tudsr_core.prompts.captions import CaptionPrompter, caption_kind
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "dog", "grass", "sky", "wall", "red"]
 

@@ -6,11 +6,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tudsr_core.adapters import Adapter, Low, Patch
-from tudsr_core.checkpoints import embedded_path, read_adapter, read_model, write_adapter
-from tudsr_core.local import PatchSlot, load_embedded
-from tudsr_core.schedule import OneStep, from_noise_level
-from tudsr_core.tensor_files import CheckpointError
+from tudsr_core.backends.local import load_embedded
+from tudsr_core.diffusion.one_step import OneStep, from_noise_level
+from tudsr_core.weights.adapters import Adapter, LoRAMerger, LoRAWeights, WeightDelta
+from tudsr_core.weights.checkpoints import embedded_path, read_adapter, read_model, write_adapter
+from tudsr_core.weights.tensor_files import CheckpointError
 
 HALVES = ("lora_down.weight", "lora_up.weight")
 
@@ -50,12 +50,12 @@ def test_a_peft_folder_gives_pefts_own_output(tmp_path, noise):
     )
     x = noise(2, 4, 5, 5)
     plain = base(x)
-    slot = PatchSlot(base, "UNet")
+    slot = LoRAMerger(base, "UNet")
     slot.check(adapter.unet, "test")
     slot.use(adapter.unet)
     assert (base(x) - theirs(x)).abs().max() < 1e-5
     assert (base(x) - plain).abs().max() > 0.05
-    slot.use(Patch({name: Low(low.down, low.up, low.rank) for name, low in adapter.unet.lows.items()}))
+    slot.use(WeightDelta({name: LoRAWeights(low.down, low.up, low.rank) for name, low in adapter.unet.lows.items()}))
     assert (base(x) - theirs(x)).abs().max() > 1e-2
 
 
@@ -63,8 +63,10 @@ def test_a_peft_folder_gives_pefts_own_output(tmp_path, noise):
 def test_switching_back_and_forth_is_bit_exact(noise):
     torch.manual_seed(0)
     net, x = Net(), noise(1, 4, 5, 5)
-    slot = PatchSlot(net, "UNet")
-    patches = [Patch({"conv1": Low(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 2.0)}) for _ in range(2)]
+    slot = LoRAMerger(net, "UNet")
+    patches = [
+        WeightDelta({"conv1": LoRAWeights(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 2.0)}) for _ in range(2)
+    ]
     plain = net(x)
     outs = []
     for choice in (patches[0], patches[1], patches[0], None):
@@ -76,10 +78,10 @@ def test_switching_back_and_forth_is_bit_exact(noise):
 
 
 def test_adapter_file_round_trip(tmp_path):
-    lows = {"a.conv1": Low(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 4.0)}
-    encoder = {"encoder.b": Low(torch.randn(2, 4), torch.randn(4, 2), 2.0)}
+    lows = {"a.conv1": LoRAWeights(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 4.0)}
+    encoder = {"encoder.b": LoRAWeights(torch.randn(2, 4), torch.randn(4, 2), 2.0)}
     weights = {"conv_in.weight": torch.randn(6, 4, 3, 3)}
-    adapter = Adapter("mine", Patch(lows, weights), Patch(encoder), stage=2, steps=(from_noise_level(49),))
+    adapter = Adapter("mine", WeightDelta(lows, weights), WeightDelta(encoder), stage=2, steps=(from_noise_level(49),))
     write_adapter(tmp_path / "a.safetensors", adapter)
     back = read_adapter(tmp_path / "a.safetensors")
     assert (back.name, back.stage, back.steps, back.method) == ("mine", 2, (from_noise_level(49),), "tudsr")
@@ -154,13 +156,13 @@ def test_wrong_files_are_named(tmp_path):
 
 
 def test_an_adapter_for_another_base_is_refused():
-    slot = PatchSlot(Net(), "UNet")
-    low = Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
+    slot = LoRAMerger(Net(), "UNet")
+    low = LoRAWeights(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
     for patch, says in (
-        (Patch({"down.conv9": low}), "does not have: down.conv9"),
-        (Patch(weights={"conv_out.bias": torch.zeros(1)}), "does not have: conv_out.bias"),
-        (Patch({"to_q": low}), "does not fit the shapes of this UNet at to_q"),
-        (Patch(weights={"conv1.bias": torch.zeros(1)}), "does not fit the shapes of this UNet at conv1.bias"),
+        (WeightDelta({"down.conv9": low}), "does not have: down.conv9"),
+        (WeightDelta(weights={"conv_out.bias": torch.zeros(1)}), "does not have: conv_out.bias"),
+        (WeightDelta({"to_q": low}), "does not fit the shapes of this UNet at to_q"),
+        (WeightDelta(weights={"conv1.bias": torch.zeros(1)}), "does not fit the shapes of this UNet at conv1.bias"),
     ):
         with pytest.raises(CheckpointError, match=says):
             slot.check(patch, "foreign")

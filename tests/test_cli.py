@@ -93,7 +93,7 @@ def test_one_bad_picture_does_not_stop_the_others_and_finished_ones_are_kept(pho
 def test_an_empty_argument_is_not_the_current_folder(arguments, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from tudsr_core.cli import app
+    from tudsr_core.cli.app import app
 
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (4, 4)).save("a.png")
@@ -111,9 +111,9 @@ def test_the_size_limit_is_an_option(photo, tmp_path):
 def test_16_bit_with_alpha_and_profile_survives_the_whole_way(tmp_path):
     import torch
 
-    from tudsr_core.files import Picture
-    from tudsr_core.reading import read_picture
-    from tudsr_core.writing import write_picture
+    from tudsr_core.pictures.files import Picture
+    from tudsr_core.pictures.reading import read_picture
+    from tudsr_core.pictures.writing import write_picture
 
     pixels = torch.linspace(0.1, 0.9, 4 * 12 * 16).view(1, 4, 12, 16)
     write_picture(tmp_path / "deep.png", Picture(pixels, bits=16, icc=b"profile", dpi=(240, 240)))
@@ -163,7 +163,7 @@ def test_impossible_wishes_are_one_line(name, photo, tmp_path):
 
 
 def test_wrong_adapter_and_model_files_are_one_line(photo, tmp_path):
-    from tudsr_core.checkpoints import embedded_path
+    from tudsr_core.weights.checkpoints import embedded_path
 
     done = tudsr("upscale", photo, "-o", tmp_path / "o.png", "--model", photo)
     assert done.returncode == 1
@@ -267,7 +267,7 @@ def test_inspect_says_what_each_file_is(published_files, tmp_path):
         done = tudsr("inspect", published_files[name].path, env=WIDE)
         assert done.returncode == 0, done.stderr
         assert all(word in done.stdout for word in words), (name, done.stdout)
-    from tudsr_core.checkpoints import embedded_path
+    from tudsr_core.weights.checkpoints import embedded_path
 
     assert "whole model 'embedded'" in tudsr("inspect", embedded_path()).stdout
     (tmp_path / "page.pkl").write_text("<html>", encoding="utf-8")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tudsr_core.color import adain, low_frequencies, match_color, wavelet
+from tudsr_core.pictures.color import adain, low_frequencies, match_color, wavelet
 
 
 def slow_blur(plane, levels):

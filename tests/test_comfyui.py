@@ -12,9 +12,9 @@ import torch
 from comfyui import PACK, Server, find
 from PIL import Image
 
-from tudsr_core.evaluation import example_path
-from tudsr_core.pipeline import UpscaleOptions, upscale
-from tudsr_core.plan import Target
+from tudsr_core.evaluation.measurement import example_path
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import UpscaleOptions, upscale
 
 API = sorted((PACK / "workflows" / "api").glob("*.json"))
 
@@ -118,11 +118,11 @@ def test_node_and_library_give_the_same_picture(server, embedded, scale, size):
 
 def test_adapters_on_sd21_equal_peft_in_diffusers(server):
     """The two-stage graph on the stand-in against the core over diffusers with the same weights."""
-    from tudsr_core.checkpoints import read_adapter
-    from tudsr_core.local import Backbone, LocalNetworks
-    from tudsr_core.pipeline import Model, Stage
-    from tudsr_core.plan import StageLimits
-    from tudsr_core.schedule import from_noise_level
+    from tudsr_core.backends.local import Backbone, LocalNetworks
+    from tudsr_core.diffusion.one_step import from_noise_level
+    from tudsr_core.methods.plan import StageLimits
+    from tudsr_core.methods.two_stage import Stage, TwoStageModel
+    from tudsr_core.weights.checkpoints import read_adapter
 
     work = graph("02-sd21-two-stage")
     work["3"] = {"class_type": "TestConditioning", "inputs": {}}
@@ -140,7 +140,7 @@ def test_adapters_on_sd21_equal_peft_in_diffusers(server):
         for word, t in (("one", 200), ("two", 50))
     ]
     options = UpscaleOptions(128, 32, color_fix="none")
-    wanted = upscale(tensor(photo(40, 56)), Model(*stages, StageLimits()), Target(scale=4), options)
+    wanted = upscale(tensor(photo(40, 56)), TwoStageModel(*stages, StageLimits()), Target(scale=4), options)
     assert (made - wanted).abs().max() < 1e-3
     assert (made - wanted).abs().mean() < 2e-5
 

@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tudsr_core.cli import app
+from tudsr_core.cli.app import app
 from tudsr_core.models import dape
 from tudsr_core.models.dape import DapeTagger, load_tagger, read_lists, read_published, write_tagger
 from tudsr_core.models.ram import RamConfig, RamTagger, prepare
 from tudsr_core.models.swin import SwinConfig
-from tudsr_core.tensor_files import CheckpointError
+from tudsr_core.weights.tensor_files import CheckpointError
 
 LABELS = 40
 SMALL = RamConfig(

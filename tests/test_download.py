@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tudsr_core.download import DownloadError, download
-from tudsr_core.known_files import KNOWN_FILES, known_file, where_to_get
+from tudsr_core.weights.download import DownloadError, download
+from tudsr_core.weights.known_files import KNOWN_FILES, known_file, where_to_get
 
 ROOT = Path(__file__).parent.parent
 CONTENT = os.urandom(3_000_000)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tudsr_core.edits import Edit, Edits, read_edits, write_header
-from tudsr_core.prompts import TilePrompt, TilePrompts
-from tudsr_core.tiles import TilePlan, plan_tiles
+from tudsr_core.prompts.edits import Edit, Edits, read_edits, write_header
+from tudsr_core.prompts.tile_prompts import TilePrompt, TilePrompts
+from tudsr_core.tiling.plan import TilePlan, plan_tiles
 
 GRID = plan_tiles(160, 256, 64, 16)  # 3 x 5
 ONE = plan_tiles(64, 64, 64, 0)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, UNet2DConditionModel
 
-from tudsr_core.checkpoints import embedded_path, read_model, write_model
-from tudsr_core.local import Backbone, LocalNetworks, load_embedded
+from tudsr_core.backends.local import Backbone, LocalNetworks, load_embedded
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import Stage, TwoStageModel, upscale
 from tudsr_core.models.embedded import load_networks
-from tudsr_core.pipeline import Model, Stage, upscale
-from tudsr_core.plan import Target
-from tudsr_core.tensor_files import CheckpointError
+from tudsr_core.weights.checkpoints import embedded_path, read_model, write_model
+from tudsr_core.weights.tensor_files import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 WITHOUT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "without"), str(ROOT)])}
@@ -84,7 +84,7 @@ def test_the_picture_is_the_one_that_diffusers_makes(embedded, file, stock, nois
     second = Stage(LocalNetworks(backbone, file.second.unet), file.second.steps_for(2), "stage two")
     image = noise(1, 3, 40, 28)
     made = upscale(image, embedded, Target(scale=8))
-    assert torch.equal(made, upscale(image, Model(first, second, file.limits), Target(scale=8)))
+    assert torch.equal(made, upscale(image, TwoStageModel(first, second, file.limits), Target(scale=8)))
 
 
 def changed(file, part, **values):

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tudsr_core import filter_bank
-from tudsr_core.evaluation import compare, evaluate_model, lanczos, summary_rows
-from tudsr_core.image import luma, resize
-from tudsr_core.metrics import psnr_y, ssim_y
-from tudsr_core.training import degradations
+from tudsr_core.evaluation import filter_bank
+from tudsr_core.evaluation.measurement import compare, evaluate_model, lanczos, summary_rows
+from tudsr_core.evaluation.metrics import psnr_y, ssim_y
+from tudsr_core.pictures import degradations
+from tudsr_core.pictures.degradations import clean, gaussian_blur, mild, random_mild
+from tudsr_core.pictures.tensors import luma, resize
 from tudsr_core.training.data import read_held_out
-from tudsr_core.training.degradations import clean, gaussian_blur, mild, random_mild
 
 
 def test_psnr_and_ssim_of_known_pictures(noise):

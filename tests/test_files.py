@@ -13,9 +13,10 @@ import tifffile
 import torch
 from PIL import Image, ImageCms, ImageFile
 
-from tudsr_core.files import Picture, PictureError, temporary_beside
-from tudsr_core.reading import read_picture
-from tudsr_core.writing import check_output, write_picture
+from tudsr_core.atomic import temporary_beside
+from tudsr_core.pictures.files import Picture, PictureError
+from tudsr_core.pictures.reading import read_picture
+from tudsr_core.pictures.writing import check_output, write_picture
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 GRID = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tudsr_core.adapters import Low, Patch
-from tudsr_core.checkpoints import identify, read_adapter, write_adapter
-from tudsr_core.formats import dotted
-from tudsr_core.local import PatchSlot
 from tudsr_core.models.invsr import build_predictor
-from tudsr_core.tensor_files import CheckpointError
+from tudsr_core.weights.adapters import LoRAMerger, LoRAWeights, WeightDelta
+from tudsr_core.weights.checkpoints import identify, read_adapter, write_adapter
+from tudsr_core.weights.formats import dotted
+from tudsr_core.weights.tensor_files import CheckpointError
 
 TIMESTEP = {"omgsr": 273, "osediff": 999, "pisa": 1, "peft file": 273}
 LORA = ("omgsr", "osediff", "pisa", "diffusers", "old diffusers", "kohya", "peft file")
@@ -42,14 +41,14 @@ def nets():
 
 
 def eps_with(unet, patch, t):
-    slot = PatchSlot(unet, "UNet")
+    slot = LoRAMerger(unet, "UNet")
     slot.check(patch, "test")
     slot.use(patch)
     return published.eps_of(unet, t)
 
 
 def latent_with(vae, patch):
-    slot = PatchSlot(vae, "VAE")
+    slot = LoRAMerger(vae, "VAE")
     slot.check(patch, "test")
     slot.use(patch)
     return published.latent_of(vae)
@@ -90,7 +89,7 @@ def test_osediff_covers_everything_its_authors_list(files):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda patch: replace(patch, lows={k: Low(v.down, v.up, v.rank) for k, v in patch.lows.items()}),
+        lambda patch: replace(patch, lows={k: LoRAWeights(v.down, v.up, v.rank) for k, v in patch.lows.items()}),
         lambda patch: replace(patch, weights={}),
         lambda patch: replace(
             patch,
@@ -235,7 +234,7 @@ def test_counts_on_the_full_size_networks():
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from peft import LoraConfig, get_peft_model
 
-    from tudsr_core.sd21 import UNET_CONFIG, VAE_CONFIG
+    from tudsr_core.backends.sd21 import UNET_CONFIG, VAE_CONFIG
 
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**UNET_CONFIG), AutoencoderKL.from_config(VAE_CONFIG)
@@ -370,13 +369,13 @@ def test_a_peft_folder_that_lacks_a_module_is_refused(files, tmp_path, nets, par
     adapter = read_adapter(folder)
     patch, name = ((adapter.unet, "UNet"), (adapter.vae, "VAE"))[network]
     with pytest.raises(CheckpointError) as caught:
-        PatchSlot(nets[network], name).check(patch, adapter.name)
+        LoRAMerger(nets[network], name).check(patch, adapter.name)
     path = f"encoder.{module}" if network else module
     assert str(caught.value) == (
         f"adapter lacking lacks 1 of the {name}'s modules that it says it changes: {path}; it is damaged, get it again"
     )
     whole = read_adapter(files["omgsr"].path)
-    PatchSlot(nets[network], name).check((whole.unet, whole.vae)[network], "whole")
+    LoRAMerger(nets[network], name).check((whole.unet, whole.vae)[network], "whole")
 
 
 def test_a_wrong_shape_names_the_key_and_both_shapes(files, tmp_path, nets):
@@ -387,7 +386,7 @@ def test_a_wrong_shape_names_the_key_and_both_shapes(files, tmp_path, nets):
 
     adapter = read_adapter(change_pickle(files, "pisa", spoil, tmp_path / "spoilt.pkl"))
     with pytest.raises(CheckpointError) as caught:
-        PatchSlot(nets[0], "UNet").check(adapter.branches()[0][1], "spoilt")
+        LoRAMerger(nets[0], "UNet").check(adapter.branches()[0][1], "spoilt")
     assert "mid_block.resnets.0.conv1 (expected 128 x 128 x 3 x 3, found 128 x 5 x 3 x 3)" in str(caught.value)
 
 
@@ -497,12 +496,12 @@ def test_foreign_files_are_named_with_what_is_known(tmp_path):
 def test_a_patch_returns_to_the_base_bit_for_bit(files, nets):
     unet, _ = nets
     before = {key: value.clone() for key, value in unet.state_dict().items()}
-    slot = PatchSlot(unet, "UNet")
+    slot = LoRAMerger(unet, "UNet")
     first, second = (read_adapter(files[name].path) for name in ("osediff", "omgsr"))
     outs = []
     for patch in (first.unet, second.unet, first.unet):
         slot.use(patch)
         outs.append(published.eps_of(unet, 200))
-    slot.use(Patch())
+    slot.use(WeightDelta())
     assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())

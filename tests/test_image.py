@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tudsr_core.image import fill_transparent, join_alpha, pad_to_multiple, resize, split_alpha
+from tudsr_core.pictures.tensors import fill_transparent, join_alpha, pad_to_multiple, resize, split_alpha
 
 
 def pillow_bicubic(image, size):

@@ -11,15 +11,15 @@ from sd_layout import to_ldm
 from sd_stand_in import slow_text_tower, text_weights
 from small_sd import SMALL_TEXT, SMALL_UNET, SMALL_VAE
 
-from tudsr_core import sd21
-from tudsr_core.checkpoints import embedded_path
-from tudsr_core.image import resize
-from tudsr_core.local import AdapterOptions, load_embedded, load_sd21, pick_device
-from tudsr_core.pipeline import UpscaleOptions, plan_for, upscale
-from tudsr_core.plan import Target
-from tudsr_core.sd21 import Architecture, read_base
-from tudsr_core.tensor_files import CheckpointError
-from tudsr_core.vae_tiling import Tiling
+from tudsr_core.backends import sd21
+from tudsr_core.backends.local import AdapterOptions, load_embedded, load_sd21, pick_device
+from tudsr_core.backends.sd21 import Architecture, read_base
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import UpscaleOptions, plan_for, upscale
+from tudsr_core.pictures.tensors import resize
+from tudsr_core.vae.stream import VAETiling
+from tudsr_core.weights.checkpoints import embedded_path
+from tudsr_core.weights.tensor_files import CheckpointError
 
 
 def photo(height, width):
@@ -56,7 +56,7 @@ def test_tiled_is_close_to_untiled(embedded):
 
 def test_the_embedded_vae_tiles_exactly(embedded):
     backbone = embedded.first.networks.backbone
-    image, tiling = photo(96, 136), Tiling(32)
+    image, tiling = photo(96, 136), VAETiling(32)
     with torch.inference_mode():
         latents = backbone.vae.encode(image * 2 - 1).latent
         tiled = backbone.tiled_vae.encode(image, lambda: None, tiling)
@@ -74,7 +74,7 @@ def test_stage_one_again_after_stage_two_is_bit_identical(embedded):
 
 def test_stage_two_is_another_network_than_stage_one(embedded):
     networks = embedded.second.networks
-    z = networks.encode(photo(32, 32), None, lambda: None)
+    z = networks.encode(photo(32, 32), None, lambda: None).z
     empty = networks.condition("")
     adapted, plain = (
         stage.networks.denoise(z, 50, empty, z.shape, lambda predict: predict(z, []))
@@ -84,7 +84,7 @@ def test_stage_two_is_another_network_than_stage_one(embedded):
 
 
 def test_half_precision_stays_close(embedded):
-    from tudsr_core.local import load_embedded
+    from tudsr_core.backends.local import load_embedded
 
     image = photo(24, 24)
     exact = upscale(image, embedded, Target(scale=4))
@@ -140,7 +140,7 @@ def test_sd21_posterior_sample_depends_on_the_seed_only(small_sd):
 def test_posterior_sample_is_mode_plus_deviation_times_noise(small_sd):
     networks = load_sd21(small_sd / "base", small_sd / "one", device="cpu").first.networks
     image = photo(32, 40)
-    mode, drawn = (networks.encode(image, seed, lambda: None) for seed in (None, 7))
+    mode, drawn = (networks.encode(image, seed, lambda: None).z for seed in (None, 7))
     distribution = networks.backbone.vae.encode(image * 2 - 1).latent_dist
     noise = torch.randn(distribution.mean.shape, generator=torch.Generator().manual_seed(7))
     assert (mode - distribution.mode() * 0.18215).abs().max() < 1e-6
@@ -148,7 +148,7 @@ def test_posterior_sample_is_mode_plus_deviation_times_noise(small_sd):
 
 
 def test_sd21_refuses_what_does_not_fit(small_sd, tmp_path):
-    from tudsr_core.checkpoints import read_adapter, write_adapter
+    from tudsr_core.weights.checkpoints import read_adapter, write_adapter
 
     with pytest.raises(CheckpointError, match="does not exist"):
         load_sd21(tmp_path / "none", small_sd / "one")

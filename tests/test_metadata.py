@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms, TiffImagePlugin
 
-from tudsr_core.files import Picture, PictureError
-from tudsr_core.reading import read_picture
-from tudsr_core.writing import writable, write_picture
+from tudsr_core.pictures.files import Picture, PictureError
+from tudsr_core.pictures.reading import read_picture
+from tudsr_core.pictures.writing import writable, write_picture
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SMALL = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
@@ -196,15 +196,15 @@ def test_what_is_left_out_is_known_before_anything_is_computed(tmp_path):
     from conftest import identity_model
 
     from tudsr_core.batch import Job, Output, open_job
-    from tudsr_core.pipeline import UpscaleOptions
-    from tudsr_core.plan import Target
+    from tudsr_core.methods.plan import Target
+    from tudsr_core.methods.two_stage import TwoStage
 
     exif = exif_of({0x010F: "Camera"}, {0x927C: bytes(70_000)})
     Image.fromarray(SMALL).save(tmp_path / "a.png", exif=exif)
-    how = identity_model(), Target(scale=2), UpscaleOptions(), Output()
-    picture, lines = open_job(Job(tmp_path / "a.png", tmp_path / "b.jpg"), *how)
-    assert lines[-1] == "EXIF fields that JPEG cannot hold are left out: MakerNote"
-    assert 0x927C not in picture.exif.get_ifd(0x8769)
+    how = TwoStage(identity_model()), Target(scale=2), Output()
+    opened = open_job(Job(tmp_path / "a.png", tmp_path / "b.jpg"), *how)
+    assert opened.describe()[-1] == "EXIF fields that JPEG cannot hold are left out: MakerNote"
+    assert 0x927C not in opened.picture.exif.get_ifd(0x8769)
     (tmp_path / "b.jpg").touch()
     with pytest.raises(PictureError, match="already exists"):
         open_job(Job(tmp_path / "none.png", tmp_path / "b.jpg"), *how)

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from tudsr_core.metrics import seam_score
-from tudsr_core.pipeline import UpscaleOptions, plan_for, upscale
-from tudsr_core.plan import Target
+from tudsr_core.evaluation.metrics import seam_score
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import UpscaleOptions, plan_for, upscale
 
 
 def test_seam_score_is_border_energy_over_the_rest():
@@ -29,8 +29,8 @@ def test_seam_score_of_noise_is_one_and_rises_with_a_seam(noise):
 
 def test_the_embedded_model_leaves_no_grid(embedded):
     """Tiled against untiled within 2 %, and nothing to be seen on flat and ramp pictures."""
-    from tudsr_core.evaluation import example_path
-    from tudsr_core.reading import read_picture
+    from tudsr_core.evaluation.measurement import example_path
+    from tudsr_core.pictures.reading import read_picture
 
     options = UpscaleOptions(128, 32, color_fix="none")
     photo = read_picture(example_path()).pixels[..., 20:84, 40:120]

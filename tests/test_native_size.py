@@ -9,12 +9,12 @@ from conftest import IdentityNetworks, identity_model
 from PIL import Image
 from typer.testing import CliRunner
 
-from tudsr_core.cli import app
-from tudsr_core.color import adain
-from tudsr_core.image import resize
-from tudsr_core.methods import METHODS
-from tudsr_core.pipeline import Model, Stage, UpscaleOptions, count_ticks, plan_for, upscale
-from tudsr_core.plan import MAX_GROWN, StageLimits, Target, grown
+from tudsr_core.cli.app import app
+from tudsr_core.methods.plan import MAX_GROWN, StageLimits, Target, grown
+from tudsr_core.methods.published import METHODS
+from tudsr_core.methods.two_stage import Stage, TwoStageModel, UpscaleOptions, count_ticks, plan_for, upscale
+from tudsr_core.pictures.color import adain
+from tudsr_core.pictures.tensors import resize
 
 PLAIN = UpscaleOptions(color_fix="none")
 
@@ -24,7 +24,11 @@ def model_of(method, stages=1, t=200, **options):
     about = METHODS[method]
     model = identity_model(**options)
     first, second = (replace(stage, about=about) for stage in (model.first, model.second))
-    return Model(first, second, StageLimits()) if stages == 2 else Model(first, None, StageLimits(single_up_to=4))
+    return (
+        TwoStageModel(first, second, StageLimits())
+        if stages == 2
+        else TwoStageModel(first, None, StageLimits(single_up_to=4))
+    )
 
 
 def script_sizes(width, height, upscale=4, process=512):
@@ -137,7 +141,7 @@ class Predictor:
 def invsr(predictor):
     about = METHODS["invsr"]
     networks = IdentityNetworks(199, eps=torch.zeros_like)
-    return Model(
+    return TwoStageModel(
         Stage(networks, about.steps(), "stage one", predictor=predictor, about=about), None, StageLimits(4, 2, 4)
     )
 
@@ -184,7 +188,7 @@ def test_sizes_between_stages_are_rounded_not_cut():
 def test_the_command_line_switches_it(monkeypatch, tmp_path):
     """The plan is that of a base model with OMGSR's adapter, whose loading is left out."""
     Image.new("RGB", (60, 44)).save(tmp_path / "a.png")
-    monkeypatch.setattr("tudsr_core.cli._load", lambda *_: model_of("omgsr"))
+    monkeypatch.setattr("tudsr_core.cli.app._load", lambda *_: model_of("omgsr"))
     command = ["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), "--dry-run"]
     on, off = (CliRunner().invoke(app, [*command, *more]).output for more in ([], ["--no-native-size"]))
     assert "enlarged to 174 x 128 first" in on and "to 696 x 512" in on

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import identity_model
 
-from tudsr_core.image import resize
-from tudsr_core.pipeline import UpscaleOptions, count_ticks, plan_for, upscale
-from tudsr_core.plan import Target
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import UpscaleOptions, count_ticks, plan_for, upscale
+from tudsr_core.pictures.tensors import resize
 
 PLAIN = UpscaleOptions(color_fix="none")
 
@@ -79,15 +79,15 @@ def test_pointwise_network_tiled_equals_untiled(noise):
 
 def test_tiled_step_equals_the_published_blend(noise):
     """z_H of a position-dependent network against a slow average written out (tiles 64 / 32)."""
-    from tudsr_core.pipeline import Start, restore_latent
-    from tudsr_core.sweep import Sweep
-    from tudsr_core.tiles import plan_tiles
+    from tudsr_core.methods.two_stage import StartLatent, restore_latent
+    from tudsr_core.tiling.plan import plan_tiles
+    from tudsr_core.tiling.run import TiledRun
 
     z = noise(1, 4, 96, 160) - 0.5
     ramp = torch.linspace(0, 1, 64).view(1, 1, 64, 1)
     model = identity_model(eps=lambda tile: tile * ramp)
-    sweep = Sweep(plan_tiles(96, 160, 64, 32, spacing="stride"), "published")
-    ours = restore_latent(Start(z), model.first, sweep, lambda preview: None)
+    sweep = TiledRun(plan_tiles(96, 160, 64, 32, spacing="stride"), "published")
+    ours = restore_latent(StartLatent(z), model.first, sweep, lambda preview: None)
     above, below = torch.zeros(1, 4, 96, 160, dtype=torch.float64), torch.zeros(96, 160, dtype=torch.float64)
 
     def density(i, middle):

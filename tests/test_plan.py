@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tudsr_core.pipeline import UpscaleOptions
-from tudsr_core.plan import StageLimits, Target, plan_upscale, split_factor
-from tudsr_core.stage_tiles import NetworkFacts, fit_tile
-from tudsr_core.zoom import ZoomOptions
+from tudsr_core.methods.plan import StageLimits, Target, plan_upscale, split_factor
+from tudsr_core.methods.two_stage import UpscaleOptions
+from tudsr_core.methods.zoom import ZoomOptions
+from tudsr_core.tiling.fitting import NetworkFacts, fit_tile
 
 SD = NetworkFacts(latent_scale=8, multiple=64, weight_bytes=2**30, tile_bytes_per_pixel=1000)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tudsr_core.prompters import (
+from tudsr_core.prompts.prompters import (
     ClipTagPrompter,
     StaticPrompter,
     TagChoice,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tudsr_core.prompts import (
+from tudsr_core.prompts.tile_prompts import (
     Style,
     TilePrompt,
     TilePrompts,
@@ -20,7 +20,7 @@ from tudsr_core.prompts import (
     is_flat,
     picture_mark,
 )
-from tudsr_core.tiles import plan_tiles
+from tudsr_core.tiling.plan import plan_tiles
 
 
 def prompts_for(plan, style=None):

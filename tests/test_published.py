@@ -8,12 +8,12 @@ import torch
 from conftest import IdentityNetworks
 from typer.testing import CliRunner
 
-from tudsr_core.cli import app
-from tudsr_core.image import resize
-from tudsr_core.methods import METHODS
-from tudsr_core.pipeline import Model, Stage, UpscaleOptions, plan_for, upscale
-from tudsr_core.plan import StageLimits, Target
-from tudsr_core.tiles import window
+from tudsr_core.cli.app import app
+from tudsr_core.methods.plan import StageLimits, Target
+from tudsr_core.methods.published import METHODS
+from tudsr_core.methods.two_stage import Stage, TwoStageModel, UpscaleOptions, plan_for, upscale
+from tudsr_core.pictures.tensors import resize
+from tudsr_core.tiling.windows import window
 
 # Latents of a tile's side and of its overlap, how far the window's middle lies too low, and abar of the step.
 SCRIPTS = {
@@ -104,7 +104,7 @@ def test_published_is_the_scripts_procedure(name, size, noise):
 
         branches = ((1.0, recording(network, seen)),)
     stage = Stage(branches[0][1], about.steps(), branches=branches, about=about)
-    model = Model(stage, None, StageLimits(single_up_to=4))
+    model = TwoStageModel(stage, None, StageLimits(single_up_to=4))
     ours = upscale(image, model, Target(scale=4), PUBLISHED)
     assert seen == boxes(*size, tile, overlap)
     assert (ours - slow_picture(image, size, name, network)).abs().max() < 2e-5
@@ -122,7 +122,7 @@ def test_published_weights_are_the_scripts(kind, low, side):
 
 def model_of(about, second=None):
     stages = [Stage(IdentityNetworks(200), METHODS["tudsr"].steps(), about=row) for row in (about, second or about)]
-    return Model(*stages, StageLimits())
+    return TwoStageModel(*stages, StageLimits())
 
 
 def test_each_stage_has_its_own_methods_tiles():

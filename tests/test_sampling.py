@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tudsr_core.local import Backbone, LocalNetworks
-from tudsr_core.sampling import SampleOptions, count_calls, noised, plan_steps, respaced_timesteps, sample
-from tudsr_core.tiles import plan_tiles
+from tudsr_core.backends.local import Backbone, LocalNetworks
+from tudsr_core.diffusion.chain import plan_steps, respaced_timesteps
+from tudsr_core.methods.sampling import SampleOptions, count_calls, noised, sample, tiled_predictor
+from tudsr_core.tiling.plan import plan_tiles
+from tudsr_core.tiling.run import TiledRun
 
 ABAR = [0.0] * 1000
 running = 1.0
@@ -37,6 +39,9 @@ class ToyNetworks:
     def conditions(self, texts):
         return list(embed(*texts).split(1))
 
+    def is_out_of_memory(self, error):
+        return isinstance(error, torch.OutOfMemoryError)
+
     def denoise(self, z, t, condition, part, body):
         def predict(parts, tiles):
             self.calls += len(tiles)
@@ -52,6 +57,13 @@ class ToyNetworks:
         return torch.tanh(0.7 * z + self.spread * near + row.view(1, 4, 1, 1) + t / 1000)
 
 
+def sampled(z, networks, tiles, prompts, noise, options=None, on_tile=lambda preview: None):
+    """The whole chain in tiles, each under its own pair of prompts."""
+    options = options or SampleOptions()
+    tiled_run = TiledRun(tiles, options.window, options.tile_batch)
+    return sample(z, tiled_predictor(networks, tiled_run, prompts, options.guidance, on_tile), noise, options)
+
+
 def pairs(tiles, positive="a {}", negative="not {}"):
     return [(positive.format(tile.index), negative.format(tile.index % 2)) for tile in tiles]
 
@@ -61,7 +73,7 @@ def test_sampling_equals_multidiffusion_and_the_ddpm_posterior_by_hand():
     z, networks = torch.randn(2, 4, 23, 37, generator=seeded(1)), ToyNetworks(spread=0.4)
     tiles, guidance, count = plan_tiles(23, 37, 16, 8), 5.5, 6
     prompts = pairs(tiles)
-    ours = sample(z, networks, tiles, prompts, seeded(9), SampleOptions(count, guidance=guidance, tile_batch=3))
+    ours = sampled(z, networks, tiles, prompts, seeded(9), SampleOptions(count, guidance=guidance, tile_batch=3))
     noise, x = seeded(9), z.double()
     chain = [1 + number * 1000 // count for number in range(count)]
     for position in reversed(range(count)):
@@ -148,7 +160,7 @@ def test_less_strength_is_the_end_of_the_chain():
             seen.append(t)
             return super().denoise(z, t, condition, part, body)
 
-    sample(start, Watched(), tiles, pairs(tiles), seeded(), options)
+    sampled(start, Watched(), tiles, pairs(tiles), seeded(), options)
     assert seen[::2] == seen[1::2] == list(range(181, 0, -20))
     assert count_calls(tiles, options) == len(seen) == 20
 
@@ -158,7 +170,7 @@ def test_tiles_with_one_prompt_equal_the_whole_for_a_pointwise_model():
     results = []
     for side, overlap in ((64, 0), (16, 8), (12, 3)):
         tiles = plan_tiles(41, 29, side, overlap)
-        results.append(sample(z, ToyNetworks(), tiles, [("a", "b")] * len(tiles), seeded(1), options))
+        results.append(sampled(z, ToyNetworks(), tiles, [("a", "b")] * len(tiles), seeded(1), options))
     assert (results[0] - results[1]).abs().max() < 1e-4
     assert (results[0] - results[2]).abs().max() < 1e-4
 
@@ -170,7 +182,7 @@ def test_a_tiles_prompt_changes_its_own_tile_and_a_global_one_changes_all(window
     assert len(tiles) == 9
 
     def run(prompts):
-        return sample(z, ToyNetworks(), tiles, prompts, seeded(2), options)
+        return sampled(z, ToyNetworks(), tiles, prompts, seeded(2), options)
 
     plain = [("a field", "noise")] * 9
     before, middle = run(plain), list(tiles)[4]
@@ -218,7 +230,7 @@ def test_same_bytes_for_any_tile_batch(unet_networks, pictures):
 
     def run(batch):
         options = SampleOptions(2, tile_batch=batch)
-        return sample(z, unet_networks, tiles, pairs(tiles), seeded(4), options)
+        return sampled(z, unet_networks, tiles, pairs(tiles), seeded(4), options)
 
     results = [run(batch) for batch in (1, 2, 5)]
     assert torch.isfinite(results[0]).all()
@@ -263,7 +275,7 @@ def test_progress_counts_every_call_and_may_cancel():
     z, tiles = torch.randn(1, 4, 24, 24, generator=seeded()), plan_tiles(24, 24, 16, 8)
     for guidance, wanted in ((5.5, 4 * 2 * 3), (1.0, 4 * 3)):
         options, networks, previews = SampleOptions(3, guidance=guidance, tile_batch=3), ToyNetworks(), []
-        sample(z, networks, tiles, pairs(tiles), seeded(), options, previews.append)
+        sampled(z, networks, tiles, pairs(tiles), seeded(), options, previews.append)
         assert len(previews) == networks.calls == count_calls(tiles, options) == wanted
         assert previews[-1]().shape == z.shape
         assert max(networks.batches) == 3
@@ -275,14 +287,14 @@ def test_progress_counts_every_call_and_may_cancel():
 
     networks = ToyNetworks()
     with pytest.raises(KeyboardInterrupt):
-        sample(z, networks, tiles, pairs(tiles), seeded(), SampleOptions(3), cancel)
+        sampled(z, networks, tiles, pairs(tiles), seeded(), SampleOptions(3), cancel)
     assert networks.calls == 5
 
 
 def test_what_cannot_be_sampled_is_named():
     z, tiles = torch.randn(1, 4, 24, 24, generator=seeded()), plan_tiles(24, 24, 16, 8)
     with pytest.raises(ValueError, match="3 prompts for 4 tiles"):
-        sample(z, ToyNetworks(), tiles, [("a", "b")] * 3, seeded())
+        sampled(z, ToyNetworks(), tiles, [("a", "b")] * 3, seeded())
     for wrong, says in (
         (dict(steps=0), "0 steps"),
         (dict(steps=501), "501 steps"),
@@ -297,4 +309,4 @@ def test_what_cannot_be_sampled_is_named():
     broken = ToyNetworks()
     broken.eps = lambda z, t, row: z * math.nan
     with pytest.raises(ValueError, match="NaN"):
-        sample(z, broken, tiles, pairs(tiles), seeded(), SampleOptions(2))
+        sampled(z, broken, tiles, pairs(tiles), seeded(), SampleOptions(2))

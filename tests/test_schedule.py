@@ -2,8 +2,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tudsr_core.methods import METHODS, method_named
-from tudsr_core.schedule import comfy_start_scale, euler, from_noise_level, residual, scaled_linear
+from tudsr_core.diffusion.one_step import euler, from_noise_level, residual
+from tudsr_core.diffusion.schedule import comfy_start_scale, scaled_linear
+from tudsr_core.methods.published import METHODS, method_named
 
 # t: (abar, sqrt(abar), sqrt(1 - abar), sigma), six digits, independent of this code.
 TABLE = {

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from tudsr_core.stage_tiles import NetworkFacts, batch_for
-from tudsr_core.sweep import Sweep
-from tudsr_core.tiles import Canvas, plan_tiles
+from tudsr_core.tiling.blending import TileBlender, tile_weights
+from tudsr_core.tiling.fitting import NetworkFacts, batch_for
+from tudsr_core.tiling.plan import plan_tiles
+from tudsr_core.tiling.run import TiledRun
 
 
 def facts(free):
@@ -22,7 +23,7 @@ def test_the_tile_batch_is_what_fits_in_free_memory():
 def test_weights_sum_to_one_after_any_stop(window, stops):
     """A canvas continued with smaller tiles, any number of times, is the weighted mean written out."""
     size, side, parts = 96, 32, []
-    canvas = Canvas(plan_tiles(size, size, side, 8), window)
+    canvas = TileBlender(plan_tiles(size, size, side, 8), window)
     left = torch.ones(size, size, dtype=torch.float64)
     wanted = torch.zeros(size, size, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -32,31 +33,31 @@ def test_weights_sum_to_one_after_any_stop(window, stops):
             value = torch.randn(1, 1, tile.height, tile.width, generator=generator)
             canvas.add(tile, value)
             parts.append(tile)
-            weights = canvas.plan.weights(tile, window) * tile.cut(left)
+            weights = tile_weights(canvas.plan, tile, window) * tile.cut(left)
             tile.cut(given).add_(weights)
             tile.cut(wanted).add_(weights * value[0, 0].double())
         left = left - given
         if stop is not None:
             side //= 2
-            canvas = Canvas(plan_tiles(size, size, side, side // 4), window, after=canvas)
+            canvas = TileBlender(plan_tiles(size, size, side, side // 4), window, after=canvas)
     assert left.abs().max() < 1e-9
     assert (canvas.result()[0, 0].double() - wanted).abs().max() < 1e-5
 
 
 def test_tiles_that_lie_in_finished_parts_are_not_done_again():
-    canvas = Canvas(plan_tiles(256, 256, 64, 16))
+    canvas = TileBlender(plan_tiles(256, 256, 64, 16))
     for tile in canvas.pending()[:20]:  # four of five rows
         canvas.add(tile, torch.zeros(1, 1, 64, 64))
-    rest = Canvas(plan_tiles(256, 256, 32, 8), after=canvas)
+    rest = TileBlender(plan_tiles(256, 256, 32, 8), after=canvas)
     assert {tile.top for tile in rest.pending()} == {top for top in rest.plan.tops if top + 32 > 192}
 
 
 def test_a_continued_canvas_has_no_seam():
     """Old and new predictions differ by a constant; where they meet, the blend must not jump."""
-    canvas = Canvas(plan_tiles(128, 128, 64, 16))
+    canvas = TileBlender(plan_tiles(128, 128, 64, 16))
     for tile in canvas.pending()[:4]:
         canvas.add(tile, torch.zeros(1, 1, 64, 64))
-    rest = Canvas(plan_tiles(128, 128, 32, 8), after=canvas)
+    rest = TileBlender(plan_tiles(128, 128, 32, 8), after=canvas)
     for tile in rest.pending():
         rest.add(tile, torch.ones(1, 1, 32, 32))
     blend = rest.result()[0, 0]
@@ -69,8 +70,8 @@ def test_no_smaller_tile_is_a_clear_error():
     def fail(canvas):
         raise torch.OutOfMemoryError("simulated")
 
-    sweep = Sweep(plan_tiles(64, 64, 32, 8), batch=3)
+    tiled_run = TiledRun(plan_tiles(64, 64, 32, 8), batch=3)
     with pytest.raises(MemoryError, match="tiles of 64 px"):
-        sweep.run(fail, lambda error: True)
+        tiled_run.blend(fail, lambda error: True)
     with pytest.raises(torch.OutOfMemoryError):
-        Sweep(plan_tiles(64, 64, 32, 8)).run(fail, lambda error: False)
+        TiledRun(plan_tiles(64, 64, 32, 8)).blend(fail, lambda error: False)

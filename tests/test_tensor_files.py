@@ -11,7 +11,7 @@ import torch
 from fuzz.archives import Evil, good, header, index, rezip
 from safetensors.torch import save_file
 
-from tudsr_core.tensor_files import CheckpointError, read_file, stream, write_file
+from tudsr_core.weights.tensor_files import CheckpointError, read_file, stream, write_file
 
 
 def test_pickles_of_tensors_are_read(tmp_path):

@@ -10,8 +10,8 @@ import tifffile
 from fuzz.pictures import tiff
 from PIL import Image, ImageCms
 
-from tudsr_core.files import PictureError
-from tudsr_core.reading import read_picture
+from tudsr_core.pictures.files import PictureError
+from tudsr_core.pictures.reading import read_picture
 
 RNG = np.random.default_rng(0)
 RGBA = RNG.integers(0, 256, (6, 8, 4), np.uint8)

@@ -10,7 +10,7 @@ import pytest
 from browser import fit, load_graph, open_page, run_graph, shoot, wait_until_ready
 from PIL import Image
 
-from tudsr_core.edits import read_edits
+from tudsr_core.prompts.edits import read_edits
 
 THINGS = ["table edge", "cup rim", "steam", "dark background", "spoon", "coffee foam", "porcelain", "shadow"]
 THINGS += ["saucer", "reflection", "napkin", "linen"]  # three rows of four

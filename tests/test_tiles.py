@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tudsr_core.tiles import Canvas, gaussian, plan_tiles, window
+from tudsr_core.tiling.blending import TileBlender, tile_weights
+from tudsr_core.tiling.plan import plan_tiles
+from tudsr_core.tiling.windows import gaussian, window
 
 SIZES = st.integers(1, 300)
 
@@ -25,7 +27,7 @@ def test_tiles_cover_everything_and_weights_sum_to_one(height, width, tile, data
     total = torch.zeros(plan.height, plan.width, dtype=torch.float64)
     for box in plan:
         assert box.top % multiple == box.left % multiple == 0
-        box.cut(total).add_(plan.weights(box, kind))
+        box.cut(total).add_(tile_weights(plan, box, kind))
     assert (total - 1).abs().max() < 1e-9
     assert len({(box.height, box.width) for box in plan}) == 1
 
@@ -105,7 +107,7 @@ def test_pisa_window_is_the_symmetric_gaussian_on_both_axes():
 
 def test_gaussian_window_leaves_about_two_percent_at_a_tile_border():
     plan = plan_tiles(64 + 48, 8, 64, 16)
-    first, second = (plan.weights(box)[:, 0] for box in plan)
+    first, second = (tile_weights(plan, box)[:, 0] for box in plan)
     assert float(first[-1]) == pytest.approx(0.02, abs=0.005)
     assert float(second[0]) == pytest.approx(0.02, abs=0.005)
 
@@ -114,7 +116,7 @@ def test_gaussian_window_leaves_about_two_percent_at_a_tile_border():
 def test_canvas_gives_back_what_was_cut(kind, noise):
     plane = noise(2, 4, 96, 160)
     plan = plan_tiles(96, 160, 64, 32)
-    canvas = Canvas(plan, kind)
+    canvas = TileBlender(plan, kind)
     for box in plan:
         canvas.add(box, box.cut(plane))
     assert (canvas.result() - plane).abs().max() < 1e-6
@@ -123,7 +125,7 @@ def test_canvas_gives_back_what_was_cut(kind, noise):
 def test_canvas_is_the_weighted_mean_of_a_slow_loop(noise):
     plan = plan_tiles(9, 13, 6, 3, spacing="stride")
     tiles = [noise(1, 1, 6, 6, seed=i) for i in range(len(plan))]
-    canvas = Canvas(plan, "published")
+    canvas = TileBlender(plan, "published")
     for box, value in zip(plan, tiles, strict=True):
         canvas.add(box, value)
     for y in range(9):
@@ -140,7 +142,7 @@ def test_canvas_is_the_weighted_mean_of_a_slow_loop(noise):
 def test_canvas_refuses_a_tile_of_another_shape(noise):
     plan = plan_tiles(8, 8, 4, 0)
     with pytest.raises(ValueError, match="tile 0"):
-        Canvas(plan).add(next(iter(plan)), noise(1, 1, 4, 3))
+        TileBlender(plan).add(next(iter(plan)), noise(1, 1, 4, 3))
 
 
 def test_batches_keep_reading_order():

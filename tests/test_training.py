@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from tudsr_core.checkpoints import embedded_path
-from tudsr_core.image import resize
-from tudsr_core.local import load_embedded
-from tudsr_core.pipeline import upscale
-from tudsr_core.plan import Target
+from tudsr_core.backends.local import load_embedded
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import upscale
+from tudsr_core.pictures.tensors import resize
 from tudsr_core.training import embedded as training
 from tudsr_core.training.data import Crops, draw_pictures
 from tudsr_core.training.identity import start_as_identity
+from tudsr_core.weights.checkpoints import embedded_path
 
 
 def test_the_card_says_the_steps_that_the_command_trains():

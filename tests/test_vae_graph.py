@@ -2,7 +2,7 @@ import pytest
 from small_vae import make_vae
 from torch import nn
 
-from tudsr_core.vae_graph import Attention, Conv, UnknownTree, read_steps
+from tudsr_core.vae.graph import Attention, Conv, UnknownTree, read_layers
 
 
 def test_the_passes_of_sd_are_those_of_its_layers():
@@ -12,7 +12,7 @@ def test_the_passes_of_sd_are_those_of_its_layers():
         ("decoder", 1, 1 + 2 + 2 + 4 * 6 + 3 + 1),
         ("encoder", 1, 1 + 16 + 3 + 4 + 1),
     ):
-        steps = read_steps(vae, side)
+        steps = read_layers(vae, side)
         assert sum(isinstance(step, Attention) for step in steps) == attentions
         assert sum(isinstance(step, Conv) and step.halo == 1 for step in steps) == convolutions
         opens, closes = (sum(getattr(step, "skip", "") == role for step in steps) for role in ("open", "close"))
@@ -42,10 +42,10 @@ def test_a_tree_that_differs_is_refused_by_name(side, path, module, says):
     else:
         setattr(target, name, module)
     with pytest.raises(UnknownTree, match=says):
-        read_steps(vae, side)
+        read_layers(vae, side)
 
 
 def test_other_autoencoders_are_refused():
     for vae in (nn.Linear(2, 2), nn.ModuleDict({"encoder": nn.Conv2d(3, 4, 3)})):
         with pytest.raises(UnknownTree):
-            read_steps(vae, "encoder")
+            read_layers(vae, "encoder")

@@ -5,8 +5,8 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from tudsr_core.vae_graph import UnknownTree
-from tudsr_core.vae_layers import attend, double, read_affine, read_doubling
+from tudsr_core.vae.graph import UnknownTree
+from tudsr_core.vae.layers import attend, double, read_affine, read_doubling
 
 
 def test_the_affine_of_a_norm_is_what_its_call_uses():

@@ -10,12 +10,13 @@ from small_vae import SHALLOW, make_vae
 from test_vae_stream import place
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tudsr_core import vae_tiling
-from tudsr_core.vae_tiling import Doors, TiledVAE, Tiling
+from tudsr_core.vae import tiled as vae_tiling
+from tudsr_core.vae.stream import VAETiling
+from tudsr_core.vae.tiled import TiledVAE, VAECallables
 
 EVERY = bool(os.environ.get("TUDSR_EVERY_OPERATION"))  # minutes; else a share of them
 SAMPLES = 12
-TILING = Tiling(48, "host")
+TILING = VAETiling(48, "host")
 
 
 class OutOfMemory(TorchDispatchMode):
@@ -62,7 +63,7 @@ def local():
 
 
 def tiled(vae, encode, decode):
-    doors = Doors(lambda x: encode(vae, x.double()), lambda z: decode(vae, z.double()), encode, decode)
+    doors = VAECallables(lambda x: encode(vae, x.double()), lambda z: decode(vae, z.double()), encode, decode)
     return TiledVAE(vae, doors, 2, 4, place(torch.float64, lambda error: "simulated" in str(error)), lambda: 0)
 
 

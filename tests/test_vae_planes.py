@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from tudsr_core.vae_planes import Plane, spans
+from tudsr_core.vae.feature_maps import FeatureMap, intervals
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("length", "side", "unit"), [(1, 8, 1), (17, 5, 1), (64, 64, 1), (65, 64, 1), (54, 9, 2)])
 def test_spans_partition_evenly(length, side, unit):
-    cut = spans(length, side, unit)
+    cut = intervals(length, side, unit)
     assert cut[0][0] == 0 and cut[-1][1] == length
     assert all(a[1] == b[0] for a, b in zip(cut, cut[1:], strict=False))
     sizes = [b - a for a, b in cut]
@@ -19,9 +19,9 @@ def test_spans_partition_evenly(length, side, unit):
 
 def test_a_plane_gives_back_any_part_of_what_was_written(noise):
     whole, into = noise(1, 3, 70, 30), torch.empty
-    plane = Plane(3, 70, 30, torch.float32, CPU)
-    for rows in spans(70, 17):
-        for columns in spans(30, 11):
+    plane = FeatureMap(3, 70, 30, torch.float32, CPU)
+    for rows in intervals(70, 17):
+        for columns in intervals(30, 11):
             plane.write(rows, columns, whole[..., slice(*rows), slice(*columns)])
 
     def part(rows, columns):
@@ -40,9 +40,9 @@ def test_statistics_of_tiles_are_those_of_the_plane(offset, noise):
     """Also where tiles differ much and the mean is large against the deviation."""
     whole = noise(1, 12, 40, 50).double() + offset
     whole[..., 25:] += 3
-    plane = Plane(12, 40, 50, torch.float64, CPU)
-    for rows in spans(40, 13):
-        for columns in spans(50, 17):
+    plane = FeatureMap(12, 40, 50, torch.float64, CPU)
+    for rows in intervals(40, 13):
+        for columns in intervals(50, 17):
             plane.add(plane.measure(whole[..., slice(*rows), slice(*columns)]))
     mean, variance = plane.moments(4)
     grouped = whole.view(4, -1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tudsr_core.vae_reach import count_tiles, measure_reach, run_tiled
+from tudsr_core.vae.receptive_field import count_blocks, measure_receptive_field, run_tiled
 
 
 def local_encoder():
@@ -28,17 +28,17 @@ def local_decoder():
 @torch.no_grad()
 def test_reach_follows_the_kernels():
     like = torch.zeros(1).double()
-    decoder = measure_reach(local_decoder(), 4, 1, like)
+    decoder = measure_receptive_field(local_decoder(), 4, 1, like)
     # 7 x 7 at full size reaches 3 pixels = 1 latent, and the 3 x 3 before it one more.
     assert (decoder.scale, decoder.halo) == (Fraction(4), 2)
-    encoder = measure_reach(local_encoder(), 3, 4, like)
+    encoder = measure_receptive_field(local_encoder(), 3, 4, like)
     assert (encoder.scale, encoder.halo) == (Fraction(1, 4), 12)
 
 
 @torch.no_grad()
 def test_global_networks_are_recognised():
     network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)).double()
-    assert measure_reach(network, 4, 1, torch.zeros(1).double()) is None
+    assert measure_receptive_field(network, 4, 1, torch.zeros(1).double()) is None
 
 
 @torch.no_grad()
@@ -47,10 +47,10 @@ def test_global_networks_are_recognised():
 def test_tiled_equals_untiled(size, tile, noise):
     pictures, calls = noise(2, 3, *size).double(), []
     encoder = local_encoder()
-    reach = measure_reach(encoder, 3, 4, pictures)
+    reach = measure_receptive_field(encoder, 3, 4, pictures)
     tiled = run_tiled(encoder, pictures, reach, tile, lambda: calls.append(1))
     assert (tiled - encoder(pictures)).abs().max() < 1e-12
-    assert len(calls) == 2 * count_tiles(size, tile)
+    assert len(calls) == 2 * count_blocks(size, tile)
     z, decoder = noise(2, 4, *size).double(), local_decoder()
-    reach = measure_reach(decoder, 4, 1, z)
+    reach = measure_receptive_field(decoder, 4, 1, z)
     assert (run_tiled(decoder, z, reach, tile, lambda: None) - decoder(z)).abs().max() < 1e-12

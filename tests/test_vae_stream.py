@@ -10,10 +10,11 @@ from small_vae import SHALLOW, contents, make_vae
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tudsr_core import vae_planes, vae_stream
-from tudsr_core.vae_graph import read_steps, run_untiled
-from tudsr_core.vae_planes import reserve
-from tudsr_core.vae_stream import Place, Tiling, count_tiles, run_steps
+from tudsr_core.vae import feature_maps as vae_planes
+from tudsr_core.vae import stream as vae_stream
+from tudsr_core.vae.feature_maps import reserve
+from tudsr_core.vae.graph import read_layers, run_untiled
+from tudsr_core.vae.stream import ComputeTarget, VAETiling, count_tiles, run_layers
 
 START = {"encoder": Fraction(1), "decoder": Fraction(1, 8)}
 SIZES = {"encoder": (3, 152, 213), "decoder": (4, 19, 27)}
@@ -29,12 +30,12 @@ def one_thread():
 
 
 def place(dtype, fails=lambda error: False):
-    return Place(torch.device("cpu"), dtype, fails)
+    return ComputeTarget(torch.device("cpu"), dtype, fails)
 
 
 def tiled(vae, side, x, tiling, on_tile=lambda: None, fails=lambda error: False):
-    steps, where = read_steps(vae, side), place(next(vae.parameters()).dtype, fails)
-    return torch.cat([run_steps(steps, START[side], one, where, tiling, on_tile) for one in x.split(1)])
+    steps, where = read_layers(vae, side), place(next(vae.parameters()).dtype, fails)
+    return torch.cat([run_layers(steps, START[side], one, where, tiling, on_tile) for one in x.split(1)])
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
@@ -44,7 +45,7 @@ def test_float64_equals_untiled(side, tile):
     for name, x in contents(*SIZES[side]).items():
         truth = run_untiled(vae, side, x)
         for planes in ("device", "host"):
-            error = (tiled(vae, side, x, Tiling(tile * 8, planes)) - truth).abs().max()
+            error = (tiled(vae, side, x, VAETiling(tile * 8, planes)) - truth).abs().max()
             assert error <= 1e-12, (name, planes, float(error))
 
 
@@ -53,7 +54,7 @@ def test_float64_equals_untiled(side, tile):
 def test_float32_equals_untiled(side, tile):
     vae = make_vae(torch.float32)
     for name, x in contents(*SIZES[side]).items():
-        ours = tiled(vae, side, x.float(), Tiling(tile * 8, "device"))
+        ours = tiled(vae, side, x.float(), VAETiling(tile * 8, "device"))
         # One picture at a time: untiled, a batch of two is itself off by 1e-4 on constant pictures.
         truth = torch.cat([run_untiled(vae, side, one.float()) for one in x.split(1)])
         assert (ours - truth).abs().max() <= 5e-5, (name, float((ours - truth).abs().max()))
@@ -64,7 +65,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_untiled(side):
     exact, rough = make_vae(), make_vae(torch.bfloat16)
     x = contents(*SIZES[side])["random"]
     truth = run_untiled(exact, side, x)
-    plain, ours = (run_untiled(rough, side, x.bfloat16()), tiled(rough, side, x.float(), Tiling(128, "device")))
+    plain, ours = (run_untiled(rough, side, x.bfloat16()), tiled(rough, side, x.float(), VAETiling(128, "device")))
     assert (ours - truth).square().mean() < 1.5 * (plain - truth).square().mean()
 
 
@@ -72,7 +73,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_untiled(side):
 def test_any_size_of_the_encoder(size):
     vae = make_vae()
     x = contents(3, *size, batch=1)["random"]
-    assert (tiled(vae, "encoder", x, Tiling(16, "device")) - run_untiled(vae, "encoder", x)).abs().max() < 1e-12
+    assert (tiled(vae, "encoder", x, VAETiling(16, "device")) - run_untiled(vae, "encoder", x)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -87,17 +88,17 @@ def test_other_shapes_of_the_same_family(config, scale):
     vae = make_vae(**config)
     x, z = contents(3, 40, 56, 1)["gradient"], contents(4, 40 // scale, 56 // scale, 1)["halves"]
     for side, given, start in (("encoder", x, Fraction(1)), ("decoder", z, Fraction(1, scale))):
-        ours = run_steps(read_steps(vae, side), start, given, place(z.dtype), Tiling(24, "device"), lambda: None)
+        ours = run_layers(read_layers(vae, side), start, given, place(z.dtype), VAETiling(24, "device"), lambda: None)
         assert (ours - run_untiled(vae, side, given)).abs().max() < 1e-12
 
 
 def test_every_tile_ticks_once_and_can_cancel():
     vae, x, ticks = make_vae(torch.float32), torch.randn(1, 4, 19, 27), []
     for attention in ("exact", "windowed"):
-        tiling = Tiling(64, "device", attention)
+        tiling = VAETiling(64, "device", attention)
         ticks.clear()
         tiled(vae, "decoder", x, tiling, lambda: ticks.append(1))
-        assert len(ticks) == count_tiles(read_steps(vae, "decoder"), START["decoder"], (19, 27), tiling)
+        assert len(ticks) == count_tiles(read_layers(vae, "decoder"), START["decoder"], (19, 27), tiling)
 
     def stop():
         ticks.append(1)
@@ -106,7 +107,7 @@ def test_every_tile_ticks_once_and_can_cancel():
 
     ticks.clear()
     with pytest.raises(KeyboardInterrupt):
-        tiled(vae, "decoder", x, Tiling(64, "device"), stop)
+        tiled(vae, "decoder", x, VAETiling(64, "device"), stop)
     assert len(ticks) == 5
 
 
@@ -114,9 +115,9 @@ def test_windowed_attention_is_close_but_not_exact():
     vae = make_vae()
     z = contents(4, 16, 16, batch=1)["random"]
     truth = run_untiled(vae, "decoder", z)
-    near = tiled(vae, "decoder", z, Tiling(32, "device", "windowed"))
+    near = tiled(vae, "decoder", z, VAETiling(32, "device", "windowed"))
     assert 1e-9 < (near - truth).abs().mean() < 0.2 * truth.abs().mean()
-    whole = tiled(vae, "decoder", z, Tiling(128, "device", "windowed"))
+    whole = tiled(vae, "decoder", z, VAETiling(128, "device", "windowed"))
     assert (whole - truth).abs().max() < 1e-12
 
 
@@ -124,7 +125,7 @@ def test_threads_change_nothing_that_can_be_seen():
     vae, z, results = make_vae(torch.float32), torch.randn(1, 4, 19, 27), []
     for count in (1, 2, 1):
         torch.set_num_threads(count)
-        results.append(tiled(vae, "decoder", z, Tiling(64, "device")))
+        results.append(tiled(vae, "decoder", z, VAETiling(64, "device")))
     assert torch.equal(results[0], results[2])
     assert (results[0] - results[1]).abs().max() <= 1e-6 * results[0].abs().max()
 
@@ -148,15 +149,17 @@ def test_out_of_memory_halves_the_tile_where_it_is_and_keeps_the_result(caplog):
     z = contents(4, 19, 27, batch=1)["random"]
     truth = run_untiled(vae, "decoder", z)
     shy = vae.decoder.conv_out = Shy(vae.decoder.conv_out, 40 * 70)
-    out = tiled(vae, "decoder", z, Tiling(64, "device"), fails=lambda error: isinstance(error, torch.OutOfMemoryError))
+    out = tiled(
+        vae, "decoder", z, VAETiling(64, "device"), fails=lambda error: isinstance(error, torch.OutOfMemoryError)
+    )
     assert (out - truth).abs().max() < 1e-12
     failed = [size for size in shy.calls if size[0] * size[1] > 40 * 70]
     assert len(failed) == 1, "the following tiles must begin small"
     shy.most = 4
     with pytest.raises(MemoryError, match="smallest tiles"):
-        tiled(vae, "decoder", z, Tiling(64, "device"), fails=lambda error: isinstance(error, torch.OutOfMemoryError))
+        tiled(vae, "decoder", z, VAETiling(64, "device"), fails=lambda error: isinstance(error, torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
-        tiled(vae, "decoder", z, Tiling(64, "device"))
+        tiled(vae, "decoder", z, VAETiling(64, "device"))
 
 
 class Saturating(torch.nn.Module):
@@ -179,7 +182,7 @@ def test_a_step_that_overflows_float16_is_done_in_float32(at, caplog):
     parent, name = vae.decoder.get_submodule(at.rpartition(".")[0]), at.rpartition(".")[2]
     setattr(parent, name, Saturating(getattr(parent, name)))
     with caplog.at_level("INFO"):
-        out = tiled(vae, "decoder", z, Tiling(32, "host"))
+        out = tiled(vae, "decoder", z, VAETiling(32, "host"))
     assert (out - truth).abs().max() < 0.05 * truth.abs().max()
     assert caplog.text.count("overflowed float16") == 1
 
@@ -192,7 +195,7 @@ def test_large_residuals_travel_in_float32():
     z = contents(4, 9, 12, batch=1)["random"].float()
     truth = run_untiled(torch.nn.Module.to(copy.deepcopy(half), torch.float32), "decoder", z)
     assert not run_untiled(half, "decoder", z.half()).isfinite().all()
-    out = tiled(half, "decoder", z, Tiling(32, "host"))
+    out = tiled(half, "decoder", z, VAETiling(32, "host"))
     assert (out - truth).abs().max() < 0.05 * truth.abs().max()
 
 
@@ -236,7 +239,7 @@ def device_peak(vae, start, z, tiling, monkeypatch, side="decoder"):
         monkeypatch.setattr(module, "reserve", uncounted)
     live.count(z, 0)
     with live:
-        run_steps(read_steps(vae, side), start, z, place(next(vae.parameters()).dtype), tiling, lambda: None)
+        run_layers(read_layers(vae, side), start, z, place(next(vae.parameters()).dtype), tiling, lambda: None)
     return live.peak
 
 
@@ -244,7 +247,7 @@ def test_device_memory_does_not_grow_from_2048_to_4096_pixels(monkeypatch):
     narrow = dict(block_out_channels=(2,) * 4, norm_num_groups=1, layers_per_block=0, mid_block_add_attention=False)
     vae = make_vae(torch.float32, **narrow)
     small, large = (
-        device_peak(vae, START["decoder"], torch.randn(1, 4, side, side), Tiling(512, "host"), monkeypatch)
+        device_peak(vae, START["decoder"], torch.randn(1, 4, side, side), VAETiling(512, "host"), monkeypatch)
         for side in (256, 512)
     )
     assert large <= 1.1 * small
@@ -254,7 +257,7 @@ def test_device_memory_does_not_grow_from_2048_to_4096_pixels(monkeypatch):
 def test_device_memory_of_the_attention_does_not_grow(monkeypatch):
     vae = make_vae(torch.float32, **SHALLOW, layers_per_block=0)
     small, large = (
-        device_peak(vae, Fraction(1, 2), torch.randn(1, 4, side, side), Tiling(32, "host"), monkeypatch)
+        device_peak(vae, Fraction(1, 2), torch.randn(1, 4, side, side), VAETiling(32, "host"), monkeypatch)
         for side in (48, 96)
     )
     assert large <= 1.1 * small

@@ -3,8 +3,9 @@ import torch
 from small_vae import contents, make_vae
 from test_vae_stream import place
 
-from tudsr_core import vae_tiling
-from tudsr_core.vae_tiling import Doors, TiledVAE, Tiling, draw
+from tudsr_core.vae import tiled as vae_tiling
+from tudsr_core.vae.stream import VAETiling
+from tudsr_core.vae.tiled import TiledVAE, VAECallables, posterior_latent
 
 
 def tiled_vae(vae, free=0):
@@ -15,19 +16,19 @@ def tiled_vae(vae, free=0):
         return vae.decode(z).sample / 2 + 0.5
 
     dtype = next(vae.parameters()).dtype
-    doors = Doors(lambda x: encode(vae, x.to(dtype)), lambda z: decode(vae, z.to(dtype)), encode, decode)
+    doors = VAECallables(lambda x: encode(vae, x.to(dtype)), lambda z: decode(vae, z.to(dtype)), encode, decode)
     return TiledVAE(vae, doors, 8, 4, place(dtype), lambda: free)
 
 
 def test_encode_and_decode_are_the_untiled_ones_with_their_scaling():
     vae = make_vae()
-    ours, tiling, ticks = tiled_vae(vae), Tiling(64), []
+    ours, tiling, ticks = tiled_vae(vae), VAETiling(64), []
     pixels, z = contents(3, 120, 136)["random"].sigmoid(), contents(4, 15, 17)["gradient"]
     posterior = vae.encode(pixels * 2 - 1).latent_dist
     assert (ours.encode(pixels, lambda: ticks.append(1), tiling) - posterior.mode()).abs().max() < 1e-12
     assert len(ticks) == 2 * ours.count("encoder", (120, 136), tiling)
     drawn = ours.encode(pixels, lambda: None, tiling, seed=7)
-    assert (drawn - draw(posterior.parameters, 4, 7)).abs().max() < 1e-12
+    assert (drawn - posterior_latent(posterior.parameters, 4, 7)).abs().max() < 1e-12
     decoded = ours.decode(z, lambda: ticks.append(1), tiling)
     assert (decoded - (vae.decode(z).sample / 2 + 0.5)).abs().max() < 1e-12
     assert not decoded.requires_grad
@@ -65,21 +66,23 @@ def test_steps_that_do_not_give_the_modules_result_are_not_used(caplog):
     assert "whole pictures" in caplog.text
     pixels = contents(3, 64, 64, 1)["random"]
     assert (
-        ours.encode(pixels, lambda: None, Tiling(32)) - vae.encode(pixels * 2 - 1).latent_dist.mode()
+        ours.encode(pixels, lambda: None, VAETiling(32)) - vae.encode(pixels * 2 - 1).latent_dist.mode()
     ).abs().max() < 1e-12
 
 
 def test_planes_go_where_they_fit(monkeypatch):
     vae, seen = make_vae(torch.float32), []
-    monkeypatch.setattr(vae_tiling, "run_steps", lambda *args: seen.append(args[4].planes) or torch.zeros(1, 3, 64, 64))
+    monkeypatch.setattr(
+        vae_tiling, "run_layers", lambda *args: seen.append(args[4].planes) or torch.zeros(1, 3, 64, 64)
+    )
     monkeypatch.setattr(TiledVAE, "_difference", lambda self, side: "")
     z = torch.zeros(1, 4, 8, 8)
     ours = tiled_vae(vae)
-    needed = ours.plane_bytes(64 * 64, "decoder") + 2 * ours.tile_bytes(Tiling(64))
+    needed = ours.plane_bytes(64 * 64, "decoder") + 2 * ours.tile_bytes(VAETiling(64))
     for device, free in (("cpu", 0), ("cuda", needed + 1), ("cuda", needed)):
         ours = tiled_vae(vae, free)
-        ours.place = vae_tiling.Place(torch.device(device), torch.float32, lambda error: False)
-        ours.decode(z, lambda: None, Tiling(64))
+        ours.place = vae_tiling.ComputeTarget(torch.device(device), torch.float32, lambda error: False)
+        ours.decode(z, lambda: None, VAETiling(64))
     assert seen == ["device", "device", "host"]
 
 
@@ -92,8 +95,8 @@ def test_planes_of_sd_take_a_kilobyte_per_pixel():
 @pytest.mark.parametrize("channels", [4, 8])
 def test_draw_is_mean_plus_deviation_times_noise(channels):
     moments = contents(channels, 3, 5)["random"].float() * 40
-    assert torch.equal(draw(moments, 4, None), moments[:, :4])
-    drawn = draw(moments, 4, 7)
+    assert torch.equal(posterior_latent(moments, 4, None), moments[:, :4])
+    drawn = posterior_latent(moments, 4, 7)
     if channels == 4:
         assert torch.equal(drawn, moments)
         return

@@ -13,23 +13,16 @@ from test_dape import published  # noqa: F401 - a fixture
 from test_dape import read as read_small
 from typer.testing import CliRunner
 
-from tudsr_core.cli import app
-from tudsr_core.image import resize
+from tudsr_core.cli.app import app
+from tudsr_core.methods.networks import Encoded
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.prompt_sources import described, fixed, from_file, read_prompts, saved, write_prompts
+from tudsr_core.methods.sampling import SampleOptions
+from tudsr_core.methods.zoom import Zoom, ZoomOptions, plan_zoom, zoom
 from tudsr_core.models.dape import load_tagger, write_tagger
-from tudsr_core.plan import Target
-from tudsr_core.prompters import TaggerPrompter
-from tudsr_core.prompts import Style
-from tudsr_core.sampling import SampleOptions
-from tudsr_core.zoom import (
-    ZoomOptions,
-    described,
-    fixed,
-    from_file,
-    plan_zoom,
-    read_prompts,
-    write_prompts,
-    zoom,
-)
+from tudsr_core.pictures.tensors import resize
+from tudsr_core.prompts.prompters import TaggerPrompter
+from tudsr_core.prompts.tile_prompts import Style
 
 STYLE = Style()
 
@@ -42,15 +35,15 @@ class KnowingNetworks(IdentityNetworks):
         self.texts = []
 
     def encode(self, pixels, seed, on_tile):
-        self.known = super().encode(pixels, seed, on_tile)
-        return self.known
+        self.known = super().encode(pixels, seed, on_tile).z
+        return Encoded(self.known)
 
     def conditions(self, texts):
         self.texts.append(list(texts))
         return list(texts)
 
     def denoise(self, z, t, condition, part, body):
-        from tudsr_core.schedule import scaled_linear
+        from tudsr_core.diffusion.schedule import scaled_linear
 
         abar = scaled_linear().abar_at(t)
 
@@ -129,11 +122,69 @@ def test_the_seed_decides(noise):
     assert not torch.equal(run(1), run(2))
 
 
-def test_out_of_memory_names_the_remedy(noise):
-    networks = KnowingNetworks(fail_at=5)
-    plan = plan_zoom((30, 50), Target(scale=4), networks.facts, options())
-    with pytest.raises(MemoryError, match="lower the tile batch, then the tile"):
-        zoom(noise(1, 3, 30, 50), networks, plan, [("a", "b")] * len(plan.tiles))
+@pytest.mark.parametrize("fail_at", [1, 5, 20])
+def test_out_of_memory_goes_on_with_smaller_tiles_each_under_its_places_prompt(noise, fail_at):
+    """Wherever memory runs out, smaller tiles take over, and a tile speaks the words of the planned tile it lies in."""
+    said = []
+
+    class Heard(KnowingNetworks):
+        def denoise(self, z, t, condition, part, body):
+            def heard(predict):
+                def predict_and_note(parts, tiles):
+                    said.extend((tile, condition[tile.index]) for tile in tiles)
+                    return predict(parts, tiles)
+
+                return body(predict_and_note)
+
+            return super().denoise(z, t, condition, part, heard)
+
+    image, ticks = noise(1, 3, 40, 40), []
+    plan = plan_zoom((40, 40), Target(scale=4), KnowingNetworks.facts, options(tile_px=128, overlap_px=64))
+    assert len(plan.tiles) == 4
+    prompts = [(f"yes {index}", f"no {index}") for index in range(4)]
+    smaller = Heard(fail_at=fail_at)
+    made = zoom(image, smaller, plan, prompts, lambda *state: ticks.append(state[:2]))
+    whole = zoom(image, KnowingNetworks(), plan, prompts)
+    assert (made - whole).abs().max() < 1e-4
+    assert {tile.height for tile, _ in said} == {16, 8}
+    small = [(tile, text) for tile, text in said if tile.height == 8]
+    for tile, text in small:
+        home = plan.tiles.tile(int(text.split()[1]))
+        assert home.top <= tile.top and tile.top + 8 <= home.top + home.height, "the prompt of a tile elsewhere"
+        assert home.left <= tile.left and tile.left + 8 <= home.left + home.width
+    assert {text.split()[0] for _, text in small} == {"yes", "no"}
+    assert ticks[-1][0] == ticks[-1][1], "progress ends at its total"
+
+
+def test_no_smaller_tile_is_a_clear_error(noise):
+    class Small(KnowingNetworks):
+        def predict(self, z, tiles):
+            raise torch.OutOfMemoryError("simulated")
+
+        def denoise(self, z, t, condition, part, body):
+            return body(self.predict)
+
+    plan = plan_zoom((30, 50), Target(scale=4), KnowingNetworks.facts, options())
+    with pytest.raises(MemoryError, match="out of memory even with tiles of 64 px"):
+        zoom(noise(1, 3, 30, 50), Small(), plan, [("a", "b")] * len(plan.tiles))
+
+
+def test_an_upscaler_plans_and_runs_and_writes_down_its_prompts(noise, tmp_path):
+    """The Upscaler protocol: the plan of a size, and a run that asks the source once for that plan."""
+    asked, networks, image = [], KnowingNetworks(), noise(2, 4, 30, 50)
+
+    def source(picture, plan, tick):
+        asked.append((tuple(picture.shape), len(plan.tiles)))
+        return [("a", "b")] * len(plan.tiles)
+
+    upscaler = Zoom(networks, options(), saved(source, tmp_path / "prompts.json"))
+    plan = upscaler.plan((30, 50), Target(scale=4))
+    made = upscaler.run(image, plan)
+    assert asked == [((1, 3, 30, 50), len(plan.tiles))]
+    assert read_prompts(tmp_path / "prompts.json", "") == [("a", "b")] * len(plan.tiles)
+    assert torch.equal(made, zoom(image, KnowingNetworks(), plan, [("a", "b")] * len(plan.tiles)))
+    with pytest.raises(ValueError, match="the plan is for 50 x 30, the picture is 30 x 30"):
+        upscaler.run(image[..., :30], plan)
 
 
 class Brightness:
@@ -186,7 +237,8 @@ def test_fixed_prompts_and_files(tmp_path):
 
 def test_prompts_survive_a_machine_whose_text_is_not_utf_8(tmp_path):
     script = (
-        "import locale, sys; from pathlib import Path; from tudsr_core.zoom import read_prompts, write_prompts;"
+        "import locale, sys; from pathlib import Path;"
+        "from tudsr_core.methods.prompt_sources import read_prompts, write_prompts;"
         "pairs = [('caf\\xe9 \\u65e5\\u672c', '')]; path = Path(sys.argv[1]); write_prompts(path, pairs);"
         "print(locale.getpreferredencoding(False), read_prompts(path, '') == pairs)"
     )

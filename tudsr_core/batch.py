@@ -1,34 +1,37 @@
 """Many pictures: which file becomes which, and one picture from file to file.
 
-The command line and (later) the folder node call this; it only combines `files` and `pipeline`.
+Knows upscalers only as something that plans and runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from .files import FORMATS, Picture, PictureError, pictures_in
-from .image import split_alpha
-from .networks import Tick
-from .pipeline import Model, UpscaleOptions, plan_for, upscale
-from .plan import Target, UpscalePlan
-from .reading import read_picture
-from .sampling import TextNetworks
-from .stage_tiles import NetworkFacts, Size
-from .writing import check_free, check_output, writable, write_picture
-from .zoom import PromptSource, ZoomOptions, ZoomPlan, plan_zoom, write_prompts, zoom
+from .methods import RunPlan, Target, Tick, Upscaler
+from .pictures import (
+    FORMATS,
+    Picture,
+    PictureError,
+    check_free,
+    check_output,
+    pictures_in,
+    read_picture,
+    writable,
+    write_picture,
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to read and the file to write."""
+    """One picture to read and the file to write; `also` are files that its upscaler writes beside it."""
 
     source: Path
     output: Path
+    also: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,6 @@ class Output:
     quality: int = 95
     overwrite: bool = False
     max_megapixels: float | None = None
-
-
-@dataclass(frozen=True)
-class ZoomOutput(Output):
-    """The same for a zoom; `prompts` writes every tile's prompts beside it, before the long part begins."""
-
-    prompts: bool = False
 
 
 def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None = None) -> list[Job]:
@@ -112,87 +108,41 @@ def _writable_suffix(source: Path) -> str:
     return source.suffix if source.suffix.lower() in FORMATS else ".png"
 
 
-def open_job(
-    job: Job, model: Model, target: Target, options: UpscaleOptions, output: Output, dry_run: bool = False
-) -> tuple[Picture, list[str]]:
-    """Read the source, check that the result can be made and written; return it and the plan as text.
+@dataclass(frozen=True)
+class OpenJob:
+    """A job whose picture was read and whose result can be made and written."""
+
+    job: Job
+    picture: Picture
+    plan: RunPlan
+
+    def describe(self) -> list[str]:
+        """Return the plan, and what had to be assumed about the picture, as lines of plain text."""
+        return [*self.plan.describe(), *self.picture.notes]
+
+
+def open_job(job: Job, upscaler: Upscaler, target: Target, output: Output, dry_run: bool = False) -> OpenJob:
+    """Read the source, plan it, and check that the result can be made and written.
 
     Nothing is written; `dry_run` leaves out the check of the output. Raises PictureError or
     ValueError with one line that says what to change.
     """
-    return _open(job, lambda size: plan_for(model, size, target, options), output, dry_run)
-
-
-def open_zoom(
-    job: Job,
-    facts: NetworkFacts,
-    target: Target,
-    options: ZoomOptions,
-    output: ZoomOutput,
-    dry_run: bool = False,
-) -> tuple[Picture, list[str]]:
-    """Do what `open_job` does for "Zoomed In, Diffused Out"."""
-    if output.prompts and not dry_run and prompts_path(job).exists() and not output.overwrite:
-        raise PictureError(f"{prompts_path(job)} already exists; use --force to replace it")
-    return _open(job, lambda size: plan_zoom(size, target, facts, options), output, dry_run)
-
-
-def prompts_path(job: Job) -> Path:
-    """Return where the tile prompts of a job are written."""
-    return job.output.with_suffix(".prompts.json")
-
-
-def _open(
-    job: Job, plan_for_size: Callable[[Size], UpscalePlan | ZoomPlan], output: Output, dry_run: bool
-) -> tuple[Picture, list[str]]:
     if not dry_run:
-        check_free(job.output, output.overwrite)
+        for path in (job.output, *job.also):
+            check_free(path, output.overwrite)
     picture = read_picture(job.source, output.max_megapixels)
     try:
-        plan = plan_for_size(picture.size)
+        plan = upscaler.plan(picture.size, target)
     except ValueError as error:
         raise PictureError(f"{job.source}: {error}") from error
     picture = replace(picture, bits=output.bits or picture.bits)
     if not dry_run:
         check_output(job.output, plan.size, picture.has_alpha, picture.bits, output.overwrite)
-    picture = writable(picture, job.output, plan.size)
-    return picture, [*plan.describe(), *picture.notes]
+    return OpenJob(job, writable(picture, job.output, plan.size), plan)
 
 
-def finish_job(
-    job: Job,
-    picture: Picture,
-    model: Model,
-    target: Target,
-    options: UpscaleOptions,
-    output: Output,
-    tick: Tick | None = None,
-) -> Picture:
-    """Upscale `picture` and write it to `job.output`; returns what was written."""
-    return _write(job, replace(picture, pixels=upscale(picture.pixels, model, target, options, tick)), output)
-
-
-def finish_zoom(
-    job: Job,
-    picture: Picture,
-    networks: TextNetworks,
-    target: Target,
-    options: ZoomOptions,
-    source: PromptSource,
-    output: ZoomOutput,
-    tick: Tick | None = None,
-) -> Picture:
-    """Describe the tiles of `picture`, zoom it and write it to `job.output`.
-
-    `tick` counts the tiles described, then starts again for the sampling. Returns what was written.
-    """
-    plan = plan_zoom(picture.size, target, networks.facts, options)
-    prompts = source(split_alpha(picture.pixels)[0], plan, tick)
-    if output.prompts:
-        write_prompts(prompts_path(job), prompts)
-    return _write(job, replace(picture, pixels=zoom(picture.pixels, networks, plan, prompts, tick)), output)
-
-
-def _write(job: Job, result: Picture, output: Output) -> Picture:
-    write_picture(job.output, result, overwrite=output.overwrite, quality=output.quality)
+def finish_job(opened: OpenJob, upscaler: Upscaler, output: Output, tick: Tick | None = None) -> Picture:
+    """Run the plan and write the result to the job's output; returns what was written."""
+    result = replace(opened.picture, pixels=upscaler.run(opened.picture.pixels, opened.plan, tick))
+    write_picture(opened.job.output, result, overwrite=output.overwrite, quality=output.quality)
     return result

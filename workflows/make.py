@@ -22,7 +22,7 @@ from browser import fit, load_graph, open_page, run_graph, shoot
 from comfyui import Server, find
 from PIL import Image
 
-from tudsr_core.known_files import known_file
+from tudsr_core.weights.known_files import known_file
 
 SD21 = known_file("v2-1_512-ema-pruned.safetensors")
 MODELS = {

@@ -17,10 +17,10 @@ from PIL import Image
 
 from tudsr_core.batch import Output, plan_jobs
 from tudsr_core.batch import open_job as open_picture
-from tudsr_core.files import PictureError
-from tudsr_core.pipeline import UpscaleOptions
-from tudsr_core.plan import Target
-from tudsr_core.reading import read_picture
+from tudsr_core.methods.plan import Target
+from tudsr_core.methods.two_stage import TwoStage
+from tudsr_core.pictures.files import PictureError
+from tudsr_core.pictures.reading import read_picture
 
 from .case import Case
 from .damage import EXTREME, damage_head, flip_bits, grow, truncate
@@ -77,7 +77,7 @@ def read_folder(path: Path, whole: bytes) -> None:
     refused = []
     for job in plan_jobs([folder], folder / "out"):
         try:
-            open_picture(job, identity_model(), Target(scale=2), UpscaleOptions(), Output(), dry_run=True)
+            open_picture(job, TwoStage(identity_model()), Target(scale=2), Output(), dry_run=True)
         except PictureError as error:
             if job.source.stem != "b":
                 raise AssertionError(f"{job.source.name} was not read: {error}") from error

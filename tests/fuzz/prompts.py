@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tudsr_core.edits import MAX_LINES, SIGNS, read_edits, write_header
+from tudsr_core.methods.zoom import read_prompts
 from tudsr_core.models.dape import LIST_FILE, THRESHOLD_FILE, read_lists
-from tudsr_core.prompters import StaticPrompter, check_tags, prompts_from_strings, read_tags
-from tudsr_core.prompts import Style, TilePrompt, TilePrompts, content_key
-from tudsr_core.tensor_files import CheckpointError
-from tudsr_core.tiles import TilePlan, plan_tiles
+from tudsr_core.prompts.edits import MAX_LINES, SIGNS, read_edits, write_header
+from tudsr_core.prompts.prompters import StaticPrompter, check_tags, prompts_from_strings, read_tags
+from tudsr_core.prompts.tile_prompts import Style, TilePrompt, TilePrompts, content_key
+from tudsr_core.tiling.plan import TilePlan, plan_tiles
 from tudsr_core.untrusted import UntrustedError
-from tudsr_core.zoom import read_prompts
+from tudsr_core.weights.tensor_files import CheckpointError
 
 from .case import Case
 

@@ -11,17 +11,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tudsr_core.adapters import Adapter, Low, Patch, PatchSlot
-from tudsr_core.checkpoints import ModelFile, embedded_path, read_adapter, read_model, write_adapter, write_model
-from tudsr_core.inspection import inspect_file
-from tudsr_core.local import load_embedded
+from tudsr_core.backends.local import load_embedded
+from tudsr_core.cli.inspection import inspect_file
+from tudsr_core.diffusion.one_step import from_noise_level
 from tudsr_core.models import dape
 from tudsr_core.models.embedded import make_unet, make_vae
 from tudsr_core.models.invsr import NoisePredictor, build_predictor
 from tudsr_core.models.ram import RamConfig, RamTagger
 from tudsr_core.models.swin import SwinConfig
-from tudsr_core.schedule import from_noise_level
-from tudsr_core.tensor_files import CheckpointError, open_safetensors, read_file
+from tudsr_core.weights.adapters import Adapter, LoRAMerger, LoRAWeights, WeightDelta
+from tudsr_core.weights.checkpoints import (
+    ModelFile,
+    embedded_path,
+    read_adapter,
+    read_model,
+    write_adapter,
+    write_model,
+)
+from tudsr_core.weights.tensor_files import CheckpointError, open_safetensors, read_file
 
 # Modules of a UNet and of a VAE encoder, by the shape of their weights.
 QUERY, CONV, FIRST = (
@@ -58,9 +65,9 @@ def halves(shape: tuple[int, ...], rank: int = RANK) -> tuple[Tensor, Tensor]:
     return down * 0.1, up * 0.1
 
 
-def lows(modules: dict[str, tuple[int, ...]]) -> dict[str, Low]:
+def lows(modules: dict[str, tuple[int, ...]]) -> dict[str, LoRAWeights]:
     """Return an update of every module."""
-    return {path: Low(*halves(shape), 2.0) for path, shape in modules.items()}
+    return {path: LoRAWeights(*halves(shape), 2.0) for path, shape in modules.items()}
 
 
 def peft(modules: dict[str, tuple[int, ...]]) -> Tree:
@@ -129,7 +136,7 @@ def own(path: Path) -> Tree:
     """Return an adapter of this pack, with everything that one can have."""
     steps = (from_noise_level(200),)
     weights = {"conv_in.bias": torch.randn(8)}
-    write_adapter(path, Adapter("own", Patch(lows(UNET), weights), Patch(lows(VAE)), stage=1, steps=steps))
+    write_adapter(path, Adapter("own", WeightDelta(lows(UNET), weights), WeightDelta(lows(VAE)), stage=1, steps=steps))
     return read_back(path)
 
 
@@ -138,7 +145,7 @@ def model(path: Path) -> Tree:
     shipped = read_model(embedded_path())
     vae, unet = shipped.vae_config | SMALL_VAE, shipped.unet_config | SMALL_UNET
     networks = [make(config, "here").state_dict() for make, config in ((make_vae, vae), (make_unet, unet))]
-    second = Adapter("stage two", Patch(lows({FIRST: (8, 4, 3, 3)})), stage=2, steps=shipped.second.steps)
+    second = Adapter("stage two", WeightDelta(lows({FIRST: (8, 4, 3, 3)})), stage=2, steps=shipped.second.steps)
     write_model(path, ModelFile("small", vae, unet, *networks, shipped.first_step, second, shipped.limits))
     return read_back(path)
 
@@ -245,7 +252,7 @@ def use_adapter(path: Path, adapter: Adapter) -> None:
     adapter.steps_for(adapter.stage or 1)
     branches = adapter.branches()
     for name, shapes, patches in (("UNet", UNET, [patch for _, patch in branches]), ("VAE", VAE, [adapter.vae])):
-        slot = PatchSlot(network(shapes), name)
+        slot = LoRAMerger(network(shapes), name)
         for patch in patches:
             slot.check(patch, adapter.name)
             slot.use(copy.deepcopy(patch))

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tudsr_core.tensor_files import CheckpointError
+from tudsr_core.weights.tensor_files import CheckpointError
 
 from .archives import rezip
 from .case import Case

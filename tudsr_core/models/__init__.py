@@ -1,1 +1,13 @@
-"""Networks that no library has."""
+"""Networks that no library has, in plain torch, and how their files fill them.
+
+Must not know: diffusers, methods' steps, ComfyUI.
+"""
+
+from .._lazy import public_names
+
+__all__, __getattr__ = public_names(
+    __name__,
+    dape="RAM_FILE TAGGER_FORMAT load_tagger write_tagger",
+    embedded="AutoencoderDC UNet load_networks make_unet make_vae",
+    invsr="build_predictor",
+)

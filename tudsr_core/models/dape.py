@@ -19,10 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters import Low
-from ..known_files import where_to_get
-from ..tensor_files import CheckpointError, TensorFile, check_finite, read_file, some, write_file
 from ..untrusted import Fields, parse_json, read_text
+from ..weights import CheckpointError, LoRAWeights, TensorFile, check_finite, read_file, some, where_to_get, write_file
 from .fill import fill, mismatches
 from .ram import RamConfig, RamTagger, prepare
 from .swin import SwinConfig
@@ -251,7 +249,7 @@ def merge_updates(network: RamTagger, updates: TensorFile) -> None:
         down, up = own[f"{name}.lora_A"], own[f"{name}.lora_B"]
         q, _, v = weights[f"{name}.weight"].chunk(3)
         for weight, low in zip((q, v), zip(down.chunk(2), up.chunk(2), strict=True), strict=True):
-            weight.add_(Low(*low, alpha=1.0).delta(weight))
+            weight.add_(LoRAWeights(*low, alpha=1.0).delta(weight))
     for name in single:
         weight = weights[f"{name}.weight"]
-        weight.add_(Low(own[f"{name}.lora_A"], own[f"{name}.lora_B"], alpha=1.0).delta(weight))
+        weight.add_(LoRAWeights(own[f"{name}.lora_A"], own[f"{name}.lora_B"], alpha=1.0).delta(weight))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tensor_files import CheckpointError
+from ..weights import CheckpointError
 from .embedded_config import UNetConfig, VAEConfig, read_config
 from .fill import fill
 from .unet_blocks import Downsample, ResnetBlock, TimeEmbedding, Upsample

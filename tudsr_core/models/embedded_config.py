@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from reprlib import repr as short
 from typing import Any, ClassVar
 
-from ..tensor_files import some
+from ..weights import some
 
 Check = Callable[[Any], bool]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..tensor_files import CheckpointError, check_finite, some
+from ..weights import CheckpointError, check_finite, some
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, title: str, remedy: str) -> nn.Module:

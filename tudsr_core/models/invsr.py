@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..tensor_files import CheckpointError
+from ..weights import CheckpointError
 from .fill import fill
 from .unet_blocks import Attention, Downsample, ResnetBlock, TimeEmbedding
 

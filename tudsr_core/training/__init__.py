@@ -1,1 +1,4 @@
-"""Training: data, degradations, and the loop that made the embedded model."""
+"""Training: data, and the loop that made the embedded model.
+
+Must not know: the command line, ComfyUI.
+"""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from .. import filter_bank
-from ..files import temporary_beside
+from ..atomic import temporary_beside
+from ..evaluation import filter_bank
+from ..pictures import clean
 from . import data
-from .degradations import clean
 
 
 def main() -> None:

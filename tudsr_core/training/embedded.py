@@ -21,16 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Low, Patch
-from ..checkpoints import ModelFile, write_model
-from ..formats import PEFT_PREFIX
-from ..image import resize
-from ..metrics import psnr_y
-from ..models.embedded import make_unet, make_vae
-from ..plan import StageLimits
-from ..schedule import from_noise_level
+from ..diffusion import from_noise_level
+from ..evaluation import psnr_y
+from ..methods import StageLimits
+from ..models import make_unet, make_vae
+from ..pictures import clean, mild, random_mild, resize
+from ..weights import PEFT_PREFIX, Adapter, LoRAWeights, ModelFile, WeightDelta, write_model
 from . import data
-from .degradations import clean, mild, random_mild
 from .identity import start_as_identity
 
 log = logging.getLogger(__name__)
@@ -287,7 +284,7 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
     tensors = get_peft_model_state_dict(adapted)
     names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     lows = {
-        name.removeprefix(PEFT_PREFIX): Low(
+        name.removeprefix(PEFT_PREFIX): LoRAWeights(
             tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"], LORA_RANK
         )
         for name in names
@@ -301,7 +298,7 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
             vae=model.vae.state_dict(),
             unet=model.unet.state_dict(),
             first_step=STAGE_ONE,
-            second=Adapter("stage two", Patch(lows), stage=2, steps=(STAGE_TWO,)),
+            second=Adapter("stage two", WeightDelta(lows), stage=2, steps=(STAGE_TWO,)),
             limits=StageLimits(first_max=4, second=2, single_up_to=4),
         ),
     )

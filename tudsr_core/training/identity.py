@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..schedule import OneStep
+from ..diffusion import OneStep
 
 
 @torch.no_grad()

@@ -1,0 +1,311 @@
+"""Stable Diffusion 2.1-base and SD-Turbo as diffusers networks, from a folder or one file, offline.
+
+Holds the published architecture as data, because single files carry no configuration and a hub
+look-up is not an option. Adapters and stages are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from reprlib import repr as short
+
+import torch
+from torch import Tensor, nn
+
+from ..untrusted import Fields, network_config, parse_json, read_text
+from ..weights import CheckpointError, some, stream
+
+TOKENS, START, END = 77, 49406, 49407
+PAD = 0  # "!", with which SD 2.x fills up; SD 1.5 does with END
+
+UNET_CONFIG = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+VAE_CONFIG = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+TEXT_CONFIG = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "projection_dim": 512,
+}
+# The text tower's prefix in single files: of the original code, and of SD-Turbo's.
+TEXT_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+# SD2.1 (768) predicts v and has the same keys as SD2.1-base; its last attention block tells them
+# apart: the spread of this bias is 0.1 there and 0.04 here (the test ComfyUI and others use).
+TELLTALE = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V_SPREAD = 0.09
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+Embed = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Configurations of the three networks; tests pass small ones."""
+
+    unet: dict = field(default_factory=lambda: UNET_CONFIG)
+    vae: dict = field(default_factory=lambda: VAE_CONFIG)
+    text: dict = field(default_factory=lambda: TEXT_CONFIG)
+
+
+def read_base(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    architecture: Architecture | None = None,
+    tokenizer: Path | None = None,
+    predictions: tuple[str, ...] = ("epsilon",),
+) -> tuple[nn.Module, nn.Module, Embed]:
+    """Return `(vae, unet, embed)` of a diffusers folder or a `.safetensors` / `.ckpt` file, in `dtype`.
+
+    `embed(*texts)` gives `texts 77 width`, the text tower's last hidden state after its final LayerNorm,
+    and needs `transformers`; for a single file, texts other than "" need `tokenizer`, a folder with
+    CLIP's vocab.json and merges.txt. Raises CheckpointError, also for a folder whose UNet predicts
+    something else than `predictions`.
+    """
+    check_exists(path)
+    if path.is_dir():
+        kind = read_prediction(path)
+        if kind not in predictions:
+            raise CheckpointError(
+                f"{path} predicts {kind}, but one-step adapters need an epsilon model; "
+                "use SD2.1-base (512), not SD2.1 (768)"
+            )
+        return _read_folder(path, dtype)
+    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
+
+
+def check_exists(path: Path) -> None:
+    """Raise CheckpointError unless there is a file or folder."""
+    if not path.exists():
+        raise CheckpointError(
+            f"base model {path} does not exist; give a diffusers folder or a checkpoint file of SD2.1-base or SD-Turbo "
+            "(for example v2-1_512-ema-pruned.safetensors)"
+        )
+
+
+def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Embed]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    for part in ("vae", "unet", "text_encoder", "tokenizer"):
+        if not (path / part).is_dir():
+            raise CheckpointError(f"{path} is not a diffusers folder of Stable Diffusion: {part}/ is missing")
+    networks = []
+    for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
+        weights = _copied(_folder_weights(path / part), dtype)
+        networks.append(_fill(path, part, kind, network_config(_read_fields(path / part / "config.json")), weights))
+
+    def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
+        text = path / "text_encoder"
+        config = network_config(_read_fields(text / "config.json"))
+        weights = _copied(_folder_weights(text, ("model", "pytorch_model")), dtype)
+        return _text_network(path, config, lambda network: weights), _tokens_of(path / "tokenizer")
+
+    return *networks, _embedder(load_text)
+
+
+def _read_fields(path: Path) -> Fields:
+    return Fields(parse_json(read_text(path, CheckpointError), str(path), CheckpointError), str(path), CheckpointError)
+
+
+def _folder_weights(
+    folder: Path, stems: tuple[str, ...] = ("diffusion_pytorch_model",)
+) -> Iterable[tuple[str, Tensor]]:
+    """Stream the weights of one network of a diffusers folder, in whichever of its usual files they are."""
+    for end in ("safetensors", "fp16.safetensors", "bin", "fp16.bin"):
+        for stem in stems:
+            if (folder / f"{stem}.{end}").is_file():
+                return stream(folder / f"{stem}.{end}")
+    index = folder / f"{stems[0]}.safetensors.index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has no {stems[0]}.safetensors; download the whole folder again")
+    files = _read_fields(index).table("weight_map")
+    shards = sorted({Path(files.text(name)).name for name in files.values})
+    return (item for shard in shards for item in stream(folder / shard))
+
+
+# Attention layers of VAEs saved by diffusers before 0.18.
+_RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def _copied(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the streamed weights in `dtype`, so that the file's mapping can be let go."""
+    return {key: value.to(dtype, copy=True) for key, value in weights}
+
+
+def _fill(path: Path, name: str, kind: type, config: dict, weights: dict[str, Tensor]) -> nn.Module:
+    """Build a network that takes `weights` as they are, without memory of its own."""
+    for old, new in _RENAMED.items():
+        weights = {key.replace(old, new): value for key, value in weights.items()}
+    try:
+        with torch.device("meta"):
+            network, unused = kind.from_config(config, return_unused_kwargs=True)
+        _check_all_used(path, name, unused)
+        network.load_state_dict(weights, assign=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever diffusers makes of settings that cannot be
+        raise _misfit(path, name, error) from error
+    return network
+
+
+def _misfit(path: Path, name: str, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return CheckpointError(f"{path} cannot be loaded as Stable Diffusion: its {name} does not fit ({reason})")
+
+
+def _check_all_used(path: Path, name: str, unused: Iterable[str]) -> None:
+    # diffusers drops what it does not know and builds another network than the file's.
+    dropped = [short(key) for key in unused if not key.startswith("_")]
+    if dropped:
+        raise CheckpointError(
+            f"{path}: the config of its {name} says {some(dropped)}, which the installed diffusers "
+            f"{metadata.version('diffusers')} does not know and would ignore; update diffusers"
+        )
+
+
+def read_prediction(path: Path) -> str:
+    """Return what the UNet of a base model predicts, "epsilon" unless its folder says otherwise."""
+    file = path / "scheduler" / "scheduler_config.json"
+    return _read_fields(file).text("prediction_type", "epsilon") if file.is_file() else "epsilon"
+
+
+def _read_single_file(
+    path: Path, dtype: torch.dtype, architecture: Architecture, tokenizer: Path | None
+) -> tuple[nn.Module, nn.Module, Embed]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders import single_file_utils as convert
+
+    networks = []
+    for name, kind, config, prefix, rename in (
+        ("VAE", AutoencoderKL, architecture.vae, VAE_PREFIX, convert.convert_ldm_vae_checkpoint),
+        ("UNet", UNet2DConditionModel, architecture.unet, UNET_PREFIX, convert.convert_ldm_unet_checkpoint),
+    ):
+        own = _copied(stream(path, (prefix,)), dtype)
+        if not own:
+            raise CheckpointError(f"{path} is no checkpoint of Stable Diffusion: it has no {prefix}* tensors")
+        if TELLTALE in own and own[TELLTALE].float().std() > V_SPREAD:
+            raise CheckpointError(f"{path} is SD2.1 (768), which predicts v; use SD2.1-base (512) or SD-Turbo")
+        with torch.device("meta"):
+            full = dict(kind.from_config(config).config)
+        try:
+            weights = rename(own, config=full)
+        except (KeyError, IndexError) as error:
+            raise CheckpointError(f"{path} is not an SD2.1-base checkpoint: {error} is missing") from error
+        networks.append(_fill(path, name, kind, config, weights))
+
+    def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
+        return _single_file_text(path, dtype, architecture.text), _tokens_of(tokenizer, PAD)
+
+    return *networks, _embedder(load_text)
+
+
+def _single_file_text(path: Path, dtype: torch.dtype, config: dict) -> nn.Module:
+    from diffusers.loaders import single_file_utils as convert
+
+    own = _copied(stream(path, TEXT_PREFIXES), dtype)
+    if not own:
+        raise CheckpointError(f"{path} has no text encoder; use a full checkpoint or a diffusers folder")
+    prefix = next(prefix for prefix in TEXT_PREFIXES if next(iter(own)).startswith(prefix))
+    return _text_network(path, config, lambda text: convert.convert_open_clip_checkpoint(text, own, prefix=prefix))
+
+
+def _text_network(path: Path, config: dict, read: Callable[[nn.Module], dict[str, Tensor]]) -> nn.Module:
+    """Return CLIP's text tower of `config` with the weights of `read(tower)`; nothing is looked up anywhere."""
+    transformers = _transformers()
+    try:
+        with torch.device("meta"):
+            text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+        # Newer transformers leave out the level `text_model`, which files have.
+        flat = "text_model.final_layer_norm.weight" not in text.state_dict()
+        weights = {key.removeprefix("text_model.") if flat else key: value for key, value in read(text).items()}
+        missing = text.load_state_dict(weights, strict=False, assign=True).missing_keys
+    except Exception as error:  # whatever transformers makes of settings that cannot be
+        raise _misfit(path, "text encoder", error) from error
+    if missing:
+        raise CheckpointError(f"{path}: its text encoder is not SD2.1's (missing: {some(missing)})")
+    embeddings = text.embeddings if flat else text.text_model.embeddings
+    embeddings.position_ids = torch.arange(TOKENS)[None]  # a buffer that no file holds
+    return text
+
+
+def _tokens_of(folder: Path | None, pad: int | None = None) -> Callable[[str], Tensor]:
+    """Return `tokens(text)`, `1 77`, filled up with `pad`; None: with what the tokenizer's folder says.
+
+    Without a folder, only the empty text is known. Raises CheckpointError.
+    """
+    if folder is None:
+        return _empty_prompt_tokens
+    transformers = _transformers()
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a CLIP tokenizer (vocab.json and merges.txt): {error}") from error
+    pad = tokenizer.pad_token_id if pad is None else pad
+    if pad is None or pad >= tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{folder} fills prompts up with {short(tokenizer.pad_token)}, which is no word of its vocab.json; "
+            "correct pad_token in its tokenizer_config.json, or download the folder again"
+        )
+
+    def tokens(words: str) -> Tensor:
+        ids = tokenizer(words, truncation=True, max_length=TOKENS).input_ids
+        return torch.tensor([ids + [pad] * (TOKENS - len(ids))])
+
+    return tokens
+
+
+def _empty_prompt_tokens(words: str) -> Tensor:
+    if words:
+        raise CheckpointError(
+            "a single checkpoint file has no tokenizer, and this method or you give a prompt; add --tokenizer with "
+            "CLIP's vocab.json and merges.txt (a diffusers folder's tokenizer/), or use a diffusers folder"
+        )
+    return torch.tensor([[START, END] + [PAD] * (TOKENS - 2)])
+
+
+def _transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            "Stable Diffusion's text encoder needs transformers; run: pip install 'comfyui-tudsr[sd]'"
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _embedder(load_text: Callable[[], tuple[nn.Module, Callable[[str], Tensor]]]) -> Embed:
+    """Return `embed(*texts)` that remembers results, and holds the text tower only while it computes new ones."""
+    known: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def embed(*texts: str) -> Tensor:
+        new = [words for words in dict.fromkeys(texts) if words not in known]
+        if new:
+            text, tokens = load_text()
+            text.eval()
+            for words in new:
+                known[words] = text(tokens(words))[0].clone()
+        return torch.cat([known[words] for words in texts])
+
+    return embed

@@ -1,0 +1,13 @@
+"""Numbers of diffusion: the noise schedule, the one-step formulas, and respaced multi-step chains.
+
+Must not know: networks, tiles, pictures. No loop over steps lives here.
+"""
+
+from .._lazy import public_names
+
+__all__, __getattr__ = public_names(
+    __name__,
+    chain="ChainStep plan_steps respaced_timesteps",
+    one_step="OneStep euler from_noise_level residual",
+    schedule="NoiseSchedule comfy_start_scale scaled_linear",
+)

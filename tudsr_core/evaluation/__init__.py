@@ -1,0 +1,12 @@
+"""How good a picture or a model is: metrics, a closed-form rival, and the fixed measurement.
+
+Must not know: how a model was trained, and on what.
+"""
+
+from .._lazy import public_names
+
+__all__, __getattr__ = public_names(
+    __name__,
+    measurement="compare evaluate_model example_path read_folder summary_rows",
+    metrics="psnr_y",
+)

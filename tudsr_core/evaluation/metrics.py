@@ -1,0 +1,53 @@
+"""Numbers that say how close two pictures are. Pictures are `B 3 H W`, float, 0..1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..pictures import luma
+
+
+def psnr_y(picture: Tensor, truth: Tensor) -> float:
+    """Return the PSNR in dB of the BT.601 luma (peak 1.0), as super-resolution papers report it."""
+    error = (luma(picture.double().clamp(0, 1)) - luma(truth.double())).square().mean()
+    return float(-10 * torch.log10(error.clamp_min(1e-12)))
+
+
+def ssim_y(picture: Tensor, truth: Tensor) -> float:
+    """Return SSIM (Wang et al. 2004: Gaussian 11 x 11, sigma 1.5) of the luma of one picture.
+
+    Needs scikit-image (the `metrics` extra).
+    """
+    from skimage.metrics import structural_similarity
+
+    a, b = (luma(x.double().clamp(0, 1))[0, 0].numpy() for x in (picture, truth))
+    return float(
+        structural_similarity(a, b, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    )
+
+
+def seam_score(picture: Tensor, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """Return how much stronger edges are on tile borders than elsewhere: about 1 without seams.
+
+    Mean squared difference between the pixels on both sides of the borders before `rows` and
+    `columns`, over that between all other neighbours, of the luma. A picture without any other edge
+    gives infinity if its borders show and 1 if they do not. Raises ValueError for borders outside.
+    """
+    y = luma(picture.double())
+    on, off = [], []
+    for axis, borders in ((-2, rows), (-1, columns)):
+        steps = y.diff(dim=axis).square().movedim(axis, 0)
+        inside = torch.zeros(len(steps), dtype=torch.bool)
+        for border in borders:
+            if not 0 < border <= len(steps):
+                raise ValueError(f"border {border} is not inside a picture of {len(steps) + 1} pixels")
+            inside[border - 1] = True
+        on.append(steps[inside].flatten())
+        off.append(steps[~inside].flatten())
+    here, elsewhere = torch.cat(on).mean(), torch.cat(off).mean()
+    if elsewhere == 0:
+        return 1.0 if here == 0 else float("inf")
+    return float(here / elsewhere)

@@ -1,0 +1,151 @@
+"""Writing picture files of 8 and 16 bit, with their EXIF, ICC profile and resolution, under a temporary name."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..atomic import temporary_beside
+from . import png
+from .files import FORMATS, Picture, PictureError
+from .metadata import exif_for, fields_of, fitted, text_bytes
+
+MAX_SIDE = {"JPEG": 65535, "WEBP": 16383}
+
+
+def check_output(path: Path, size: tuple[int, int], has_alpha: bool, bits: int, overwrite: bool) -> None:
+    """Raise PictureError if a picture of this kind could not be written to `path` afterwards."""
+    path = Path(path)
+    kind = format_of(path)
+    check_free(path, overwrite)
+    if not path.parent.is_dir():
+        raise PictureError(f"folder {path.parent} does not exist; create it or choose another")
+    if not os.access(path.parent, os.W_OK):
+        raise PictureError(f"folder {path.parent} is not writable; choose another")
+    if max(size) > MAX_SIDE.get(kind, 2**31):
+        raise PictureError(f"{path}: {kind} holds at most {MAX_SIDE[kind]} pixels a side; use .png or .tif")
+    if kind == "JPEG" and has_alpha:
+        raise PictureError(f"{path}: JPEG cannot hold transparency; use .png, .webp or .tif")
+    if bits == 16 and kind not in ("PNG", "TIFF"):
+        raise PictureError(f"{path}: {kind} cannot hold 16 bit; use .png or .tif, or --bits 8")
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise PictureError if `path` exists and is not to be replaced."""
+    if path.exists() and not overwrite:
+        raise PictureError(f"{path} already exists; use --force to replace it, or another name")
+
+
+def format_of(path: Path) -> str:
+    """Return the format that the suffix of `path` names; raises PictureError for others."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise PictureError(f"{path}: unknown file type {path.suffix!r}; use {', '.join(FORMATS)}") from None
+
+
+def writable(picture: Picture, path: Path, size: tuple[int, int]) -> Picture:
+    """Return `picture` with only the metadata that can be written to `path`; its notes say what was left out.
+
+    Tried on a picture of a few pixels, as one of `size`, before anything is computed.
+    """
+    kind = format_of(path)
+    channels = 1 if picture.is_grey and kind != "WEBP" else 3
+    picture, notes = fitted(picture, kind, channels + picture.has_alpha)
+    sample = replace(picture, pixels=picture.pixels[:, :, :1, :1])
+    for name, what in (("exif", "EXIF"), ("icc", "colour profile"), ("dpi", "resolution")):
+        alone = replace(sample, **dict.fromkeys({"exif", "icc", "dpi"} - {name}))
+        try:
+            _encode(io.BytesIO(), kind, alone, 95, size)
+        except Exception:  # encoders raise anything on metadata they were not made for
+            picture = replace(picture, **{name: None})
+            notes.append(f"its {what} cannot be written to {kind} and is left out")
+    return replace(picture, notes=tuple(dict.fromkeys([*picture.notes, *notes])))
+
+
+def write_picture(path: Path, picture: Picture, *, overwrite: bool = False, quality: int = 95) -> None:
+    """Write `picture` in the format of the suffix, with what the format holds of EXIF, ICC profile and DPI.
+
+    Written to a temporary name in the same folder and renamed; an error or interrupt leaves
+    neither a partial file nor a lost original. Raises PictureError.
+    """
+    path = Path(path)
+    check_output(path, picture.size, picture.has_alpha, picture.bits, overwrite)
+    picture = writable(picture, path, picture.size)
+    try:
+        with temporary_beside(path) as temporary, temporary.open("rb+") as file:
+            _encode(file, format_of(path), picture, quality, picture.size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            reason = f"there is no room left on the disk of {path.parent}; free some space and run again"
+        else:
+            reason = str(error.strerror or error)
+        raise PictureError(f"{path} was not written: {reason}") from error
+
+
+def _to_array(picture: Picture) -> np.ndarray:
+    """Return `H W` or `H W C` of uint8 or uint16, rounded to nearest."""
+    pixels = picture.pixels[0]
+    if picture.is_grey:
+        color = pixels[:3].mean(0, keepdim=True)
+        pixels = torch.cat([color, pixels[3:]])
+    top = 2**picture.bits - 1
+    scaled = (pixels.clamp(0, 1).double() * top).round().permute(1, 2, 0).numpy()
+    array = np.ascontiguousarray(scaled, np.uint16 if picture.bits == 16 else np.uint8)
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def _encode(file: BinaryIO, kind: str, picture: Picture, quality: int, size: tuple[int, int]) -> None:
+    array = _to_array(picture)
+    if kind == "TIFF":
+        return _encode_tiff(file, array, picture)
+    found = exif_for(picture, kind, size)
+    exif = None if found is None else found.tobytes()  # an Exif whose fields are all in directories below is false
+    if kind == "PNG" and picture.bits == 16 and array.ndim == 3:
+        file.write(png.encode16(array, exif, picture.icc, picture.dpi))
+        return None
+    extras = {"icc_profile": picture.icc, "dpi": picture.dpi, "exif": exif}
+    extras = {name: value for name, value in extras.items() if value}
+    if kind == "PNG":
+        extras["compress_level"] = 4
+    elif kind == "JPEG":
+        extras |= {"quality": quality, "subsampling": "4:4:4"}
+    elif kind == "WEBP":
+        extras.pop("dpi", None)
+        extras |= {"quality": quality, "method": 4, "exact": True}
+    image = Image.fromarray(array)
+    if kind == "WEBP" and image.mode in ("L", "LA"):
+        image = image.convert("RGBA" if image.mode == "LA" else "RGB")
+    image.save(file, kind, **extras)
+
+
+def _encode_tiff(file: BinaryIO, array: np.ndarray, picture: Picture) -> None:
+    import tifffile
+
+    # tifffile has parameters of its own for two of the tags, and wants ASCII or bytes
+    texts = {tag: text_bytes(text) for tag, text in fields_of(picture.exif)[None].items() if isinstance(text, str)}
+    named = {name: texts.pop(tag, None) for tag, name in ((270, "description"), (305, "software"))}
+    channels = array.shape[-1] if array.ndim == 3 else 1
+    tifffile.imwrite(
+        file,
+        array,
+        photometric="rgb" if channels >= 3 else "minisblack",
+        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        planarconfig="contig" if array.ndim == 3 else None,
+        compression="zlib",
+        predictor=True,
+        iccprofile=picture.icc,
+        resolution=picture.dpi,
+        resolutionunit="INCH" if picture.dpi else None,
+        extratags=[(tag, "s", 0, text, True) for tag, text in texts.items()],
+        metadata=None,
+        **{name: text for name, text in named.items() if text},
+    )

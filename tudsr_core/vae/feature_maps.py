@@ -1,0 +1,193 @@
+"""Activations that wait outside the compute device: planes in row bands, their statistics, and the way to and fro.
+
+Knows tensors and devices, not networks. A plane is one picture's activation `C H W`; tiles of it
+travel as `1 C h w`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Interval = tuple[int, int]
+Box = tuple[Interval, Interval]
+Sums = tuple[int, Tensor]
+Job = TypeVar("Job")
+BAND_ROWS = 32
+
+
+def intervals(length: int, side: int, unit: int = 1) -> list[Interval]:
+    """Cut 0..length into the fewest near-equal spans of at most `side`; inner borders are multiples of `unit`."""
+    count = max(1, -(-length // max(side, unit)))
+    edges = [i * length // count // unit * unit for i in range(count)] + [length]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def halves(box: Box) -> tuple[Box, Box]:
+    """Cut rows and columns across their longer side, at an even number."""
+    rows, columns = box
+    tall = rows[1] - rows[0] >= columns[1] - columns[0]
+    first, last = rows if tall else columns
+    middle = (first + last) // 4 * 2
+    if tall:
+        return ((first, middle), columns), ((middle, last), columns)
+    return (rows, (first, middle)), (rows, (middle, last))
+
+
+def reserve(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory in which activations wait between passes."""
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+class FeatureMap:
+    """One activation `C H W`, kept as row bands so that what has been used can be freed before the rest."""
+
+    def __init__(self, channels: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.channels, self.height, self.width, self.dtype, self.device = channels, height, width, dtype, device
+        self.rows = intervals(height, BAND_ROWS)
+        self.bands: list[Tensor | None] = [None] * len(self.rows)
+        self._sums: list[Sums] = []
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> FeatureMap:
+        """Return a plane that reads from and writes to `tensor`, `C H W`."""
+        plane = cls(*tensor.shape, tensor.dtype, tensor.device)
+        plane.rows, plane.bands = [(0, plane.height)], [tensor]
+        return plane
+
+    def read(self, rows: Interval, columns: Interval, into: Tensor) -> Tensor:
+        """Copy that part into `into` (`1 C h w`) and return it."""
+        for _, band, inner, outer in self._bands_of(rows):
+            into[0, :, outer].copy_(band[:, inner, slice(*columns)])
+        return into
+
+    def write(self, rows: Interval, columns: Interval, tile: Tensor) -> None:
+        """Put `1 C h w` in its place."""
+        for number, band, inner, outer in self._bands_of(rows):
+            if band is None:
+                top, bottom = self.rows[number]
+                size = bottom - top, self.width, self.channels
+                band = self.bands[number] = reserve(size, self.dtype, self.device).permute(2, 0, 1)
+            band[:, inner, slice(*columns)].copy_(tile[0, :, outer])
+
+    def _bands_of(self, rows: Interval) -> Iterator[tuple[int, Tensor | None, slice, slice]]:
+        """Yield number and band of those that meet `rows`, and the common rows counted in the band and in `rows`."""
+        for number, ((top, bottom), band) in enumerate(zip(self.rows, self.bands, strict=True)):
+            first, last = max(top, rows[0]), min(bottom, rows[1])
+            if first < last:
+                yield number, band, slice(first - top, last - top), slice(first - rows[0], last - rows[0])
+
+    def free(self, before: int) -> None:
+        """Drop the bands that lie wholly above row `before`."""
+        for number, (_, bottom) in enumerate(self.rows):
+            if bottom <= before:
+                self.bands[number] = None
+
+    @staticmethod
+    def measure(tile: Tensor) -> Sums:
+        """Return what a tile `1 C h w` adds to the statistics."""
+        # By pixel, then channel: as tiles lie in memory.
+        values = tile[0].permute(1, 2, 0).flatten(0, 1).to(torch.promote_types(tile.dtype, torch.float32))
+        mean = values.mean(0)
+        return len(values), torch.stack([mean, (values - mean).square_().sum(0)])
+
+    def add(self, sums: Sums) -> None:
+        """Add a measured tile to the statistics; tiles must partition the plane, without halo."""
+        self._sums.append(sums)
+
+    def moments(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU.
+
+        Merged exactly from the tiles, with the variance between them (Chan, Golub and LeVeque 1983).
+        """
+        counts = torch.tensor([count for count, _ in self._sums], dtype=torch.float64)
+        sums = torch.stack([pair for _, pair in self._sums]).cpu().double()
+        means, squares = sums.unflatten(2, (groups, -1)).unbind(1)  # tiles, groups, channels of a group
+        total = counts.sum() * means.shape[2]
+        weights = counts[:, None, None]
+        mean = (weights * means).sum((0, 2)) / total
+        between = (weights * (means - mean[:, None]).square()).sum((0, 2))
+        return mean, (squares.sum((0, 2)) + between) / total
+
+    def is_finite(self) -> bool:
+        """Whether every measured value is finite."""
+        return bool(torch.stack([pair for _, pair in self._sums]).isfinite().all())
+
+
+class TransferQueue:
+    """Carries tiles between planes and the compute device.
+
+    Where planes wait in host memory and the device is CUDA, the next tile is brought while the
+    current one is computed, through pinned buffers on streams of their own, one transfer per tile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ahead = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self.ahead else []
+        self._pending: list[tuple[torch.cuda.Event, FeatureMap, Interval, Interval, Tensor]] = []
+
+    def feed(self, jobs: Iterable[Job], fetch: Callable[[Job], tuple]) -> Iterator[tuple[Job, tuple]]:
+        """Yield each job with `fetch(job)`, fetched one job ahead where that overlaps with computing."""
+        if not self.ahead:
+            for job in jobs:
+                yield job, fetch(job)
+            return
+        compute, waiting = torch.cuda.current_stream(self.device), None
+        for job in jobs:
+            parts, brought = fetch(job), torch.cuda.Event()
+            brought.record(self._streams[0])
+            ready, waiting = waiting, (job, parts, brought)
+            del parts
+            if ready is not None:
+                compute.wait_event(ready[2])
+                yield ready[:2]
+        if waiting is not None:
+            compute.wait_event(waiting[2])
+            yield waiting[:2]
+
+    def arrive(self) -> None:
+        """Let the computation wait for all that has been fetched outside `feed`."""
+        if self.ahead:
+            torch.cuda.current_stream(self.device).wait_stream(self._streams[0])
+
+    def fetch(self, plane: FeatureMap, rows: Interval, columns: Interval) -> Tensor:
+        """Return that part of the plane, `1 C h w`, as a new tensor on the compute device, after `feed` or `arrive`."""
+        size = 1, plane.channels, rows[1] - rows[0], columns[1] - columns[0]
+        crossing = self.ahead and plane.device.type == "cpu"
+        where = dict(dtype=plane.dtype, device=plane.device, pin_memory=crossing)
+        part = plane.read(rows, columns, torch.empty(size, memory_format=torch.channels_last, **where))
+        if not crossing:
+            return part.to(self.device)
+        with torch.cuda.stream(self._streams[0]):
+            moved = part.to(self.device, non_blocking=True)
+        moved.record_stream(torch.cuda.current_stream(self.device))
+        return moved
+
+    def store(self, plane: FeatureMap, rows: Interval, columns: Interval, tile: Tensor) -> None:
+        """Put a computed tile into its plane, now or by the next `flush`."""
+        if not (self.ahead and plane.device.type == "cpu"):
+            plane.write(rows, columns, tile)
+            return
+        self.flush(keep=1)
+        out = self._streams[1]
+        out.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(out):
+            dense = tile.contiguous(memory_format=torch.channels_last)
+            host = torch.empty(tile.shape, dtype=tile.dtype, pin_memory=True, memory_format=torch.channels_last)
+            host.copy_(dense, non_blocking=True)
+            tile.record_stream(out)
+            done = torch.cuda.Event()
+            done.record(out)
+        self._pending.append((done, plane, rows, columns, host))
+
+    def flush(self, keep: int = 0) -> None:
+        """Wait until at most `keep` stored tiles are still on their way."""
+        while len(self._pending) > keep:
+            done, plane, rows, columns, host = self._pending[0]
+            done.synchronize()
+            plane.write(rows, columns, host)
+            del self._pending[0]  # only now: the plane's memory may have run out

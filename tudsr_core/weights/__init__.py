@@ -1,0 +1,17 @@
+"""Files of weights: reading without trust, every published adapter format as one form, the table of known files.
+
+Must not know: how networks are built or run.
+"""
+
+from .._lazy import public_names
+
+__all__, __getattr__ = public_names(
+    __name__,
+    adapters="Adapter LoRAMerger LoRAWeights WeightDelta",
+    checkpoints="DTYPES MODEL_FORMAT ModelFile OWN_TITLE embedded_path "
+    "identify read_adapter read_model write_adapter write_model",
+    download="download",
+    formats="PEFT_PREFIX",
+    known_files="KNOWN_FILES known_file where_to_get",
+    tensor_files="CheckpointError SUFFIXES TensorFile check_finite open_safetensors read_file some stream write_file",
+)
