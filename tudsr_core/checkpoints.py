@@ -29,6 +29,7 @@ OWN_TITLE = "adapter of this pack"
 MODEL_FORMAT = "tudsr-model/1"
 ADAPTER_FORMATS = ("tudsr-adapter/1", "tudsr-adapter/2")
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
+PARTS = {"unet.": "unet", "detail.": "detail", "": "vae"}  # fields of Adapter by the prefix of their keys
 TIMESTEPS = scaled_linear().steps
 MAX_STEPS = 100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,8 +179,11 @@ def write_adapter(path: Path, adapter: Adapter, dtype: str | None = None) -> Non
     `dtype` (`fp32`, `bf16`, `fp16`) converts the weights; None keeps theirs.
     """
     convert: Callable[[Tensor], Tensor] = (lambda x: x.to(DTYPES[dtype])) if dtype else (lambda x: x)
-    tensors = {}
-    for part, patch in (("unet.", adapter.unet), ("", adapter.vae), ("detail.", adapter.detail)):
+    tensors, said = {}, {}
+    for part, field in PARTS.items():
+        patch = getattr(adapter, field)
+        if patch.targets:
+            said[field] = {"names": patch.targets, "within": patch.within}
         for name, low in map_lows(patch.lows, convert).items():
             tensors[f"{part}{name}{DOWN}"] = low.down
             tensors[f"{part}{name}{UP}"] = low.up
@@ -189,8 +193,9 @@ def write_adapter(path: Path, adapter: Adapter, dtype: str | None = None) -> Non
     check_finite(path, tensors.items())
     steps = {} if adapter.steps is None else {"steps": json.dumps([vars(step) for step in adapter.steps])}
     stage = {} if adapter.stage is None else {"stage": str(adapter.stage)}
+    targets = {"targets": json.dumps(said)} if said else {}
     about = {"format": ADAPTER_FORMATS[-1], "name": adapter.name, "method": adapter.method, "base": adapter.about.base}
-    write_file(path, tensors, {**about, **steps, **stage})
+    write_file(path, tensors, {**about, **steps, **stage, **targets})
 
 
 def _read_own(file: TensorFile) -> Adapter:
@@ -198,11 +203,12 @@ def _read_own(file: TensorFile) -> Adapter:
     path, metadata = file.path, file.metadata
     if metadata["format"] not in ADAPTER_FORMATS:
         raise CheckpointError(f"{path} was written by a newer version ({metadata['format']}); update this pack")
-    patches = {"unet.": Patch(), "detail.": Patch(), "": Patch()}
+    patches = {}
     rest = dict(file.tensors)
     predictor = _take(rest, "predictor.")
     weights = _take(rest, "base.")
-    for part in patches:
+    said = _facts(path, metadata, "targets") if "targets" in metadata else None
+    for part, field in PARTS.items():
         own = _take(rest, part)
         alphas = take_alphas(path, own)
         lows = pair(path, own, DOWN, UP, lambda name, _, alphas=alphas: alphas.get(name, 0.0))
@@ -210,14 +216,20 @@ def _read_own(file: TensorFile) -> Adapter:
         strange = [name for name in lows if not part and not name.startswith(("encoder.", "quant_conv"))]
         if lost or strange:
             raise CheckpointError(f"{path} has keys that fit nothing: {some(sorted([*lost, *strange]))}")
-        patches[part] = Patch(lows, _take(weights, part))
+        patches[field] = Patch(lows, _take(weights, part), *_targets(said, field))
     check_finite(path, [*predictor.items(), *(item for patch in patches.values() for item in patch.weights.items())])
-    if not (patches["unet."] or predictor):
+    if not (patches["unet"] or predictor):
         raise CheckpointError(f"{path} has no UNet updates and no noise predictor; the file is damaged")
-    found = Adapter(
-        shown(metadata.get("name", path.stem)), patches["unet."], patches[""], patches["detail."], predictor
-    )
+    found = Adapter(shown(metadata.get("name", path.stem)), predictor=predictor, **patches)
     return replace(found, **_read_about(path, metadata))
+
+
+def _targets(said: Fields | None, part: str) -> tuple[tuple[str, ...], str]:
+    """Return a part's `(targets, within)` as Patch takes them; files of earlier versions say none."""
+    if said is None or part not in said.values:
+        return (), ""
+    fields = said.table(part)
+    return tuple(fields.texts("names")), fields.text("within")
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
