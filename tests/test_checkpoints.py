@@ -219,7 +219,7 @@ def test_facts_of_a_model_are_data_within_limits(tmp_path, changes, says):
         ({"steps": '[{"t": 1000, "p": 1, "q": 1}]'}, "'t' is 1000, it must be from 0 to 999"),
         ({"steps": '[{"t": 1, "p": 1e40, "q": 1}]'}, "a number that is none or far too large"),
         ({"steps": "[" * 99 + "]" * 99}, "nested too deeply"),
-        ({"targets": '{"unet": 3}'}, "targets, unet must be a table of names and values"),
+        ({"targets": '{"unet": 3}'}, "unet must be a table of names and values, not 3"),
         ({"targets": '{"unet": {"names": "conv1", "within": ""}}'}, "'names' is conv1, it must be a list of texts"),
         ({"targets": '{"unet": {"names": ["conv1"]}}'}, "lacks 'within'"),
         ({"method": "\x1b[1m"}, r"of method '\\x1b\[1m'"),

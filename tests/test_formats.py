@@ -382,6 +382,43 @@ def test_a_peft_folder_that_lacks_a_module_is_refused(files, tmp_path, nets, par
         PatchSlot(nets[network], name).check((whole.unet, whole.vae)[network], "whole")
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"target_modules": "all-linear"}, "its target_modules is all-linear"),
+        ({"target_modules": r".*\.conv\d"}, r"its target_modules is .*\.conv\d"),
+        ({"target_modules": None}, "its target_modules is None"),
+        ({"exclude_modules": ["conv1"]}, "its exclude_modules"),
+    ],
+)
+def test_that_lacking_modules_cannot_be_checked_is_said(files, tmp_path, caplog, changes, why):
+    says = f"has no plain list of the modules that it changes ({why}), so it cannot be checked that none is lacking"
+    folder = unet_folder(files, tmp_path, **changes)
+    for source in (folder, folder / "adapter_model.safetensors"):
+        assert read_adapter(source, "tudsr").unet.targets == ()
+        assert f"{source} {says}" in caplog.text
+    caplog.clear()
+    read_adapter(files["omgsr"].path, "omgsr")
+    assert not caplog.text
+
+
+def test_one_file_of_a_peft_folder_knows_what_it_must_change(files):
+    path = files["omgsr"].path / "unet_lora_adapter"
+    targets = read_adapter(path / "adapter_model.safetensors", "tudsr").unet.targets
+    assert targets and targets == read_adapter(path, "tudsr").unet.targets
+
+
+def test_omgsr_without_its_encoder_is_refused(files, tmp_path):
+    folder = shutil.copytree(files["omgsr"].path, tmp_path / "half")
+    shutil.rmtree(folder / "vae_encoder_lora_adapter")
+    for source in (folder, folder / "unet_lora_adapter"):
+        with pytest.raises(
+            CheckpointError, match=f"{source.name} has no vae_encoder_lora_adapter/, which OMGSR always"
+        ):
+            read_adapter(source, "omgsr")
+    assert not read_adapter(folder, "tudsr").vae
+
+
 def test_a_wrong_shape_names_the_key_and_both_shapes(files, tmp_path, nets):
     def spoil(saved):
         for kind in ("pix", "sem"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, Patch, map_lows
-from .formats import pair, read_foreign, read_peft_folder, take_alphas
+from .formats import UNET_FOLDER, VAE_FOLDER, pair, read_foreign, read_peft_folder, take_alphas
 from .methods import METHODS
 from .plan import StageLimits
 from .schedule import OneStep, from_noise_level, scaled_linear
@@ -167,6 +167,11 @@ def _fill_in(path: Path, adapter: Adapter, method: str | None, stage: int | None
             raise CheckpointError(f"method {method!r} is not known; use one of: {', '.join(METHODS)}")
         if adapter.method != "tudsr" or adapter.steps:
             raise CheckpointError(f"{path} is an adapter of {adapter.about.title}, not of {METHODS[method].title}")
+        if method == "omgsr" and path.is_dir() and not adapter.vae:
+            raise CheckpointError(
+                f"{path} has no {VAE_FOLDER}/, which OMGSR always saves beside {UNET_FOLDER}/ and without which its "
+                "pictures are wrong; give the folder that holds both, or get it again"
+            )
         adapter = replace(adapter, method=method)
     if stage and adapter.stage not in (None, stage):
         raise CheckpointError(f"{path} is a stage-{adapter.stage} adapter and was given as stage {stage}; swap the two")
