@@ -30,6 +30,7 @@ MODEL_FORMAT = "tudsr-model/1"
 ADAPTER_FORMATS = ("tudsr-adapter/1", "tudsr-adapter/2")
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 PARTS = {"unet.": "unet", "detail.": "detail", "": "vae"}  # fields of Adapter by the prefix of their keys
+MODEL_FACTS = ("vae_config", "unet_config", "stage_one_timestep", "stage_two_timestep", "stage_two_alpha", "limits")
 TIMESTEPS = scaled_linear().steps
 MAX_STEPS = 100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +71,7 @@ def read_model(path: Path) -> ModelFile:
     for name in ("vae", "unet"):
         check_finite(path, parts[name].items())
     facts = _facts(path, file.metadata, "model")
+    facts.only(*MODEL_FACTS)
     alpha = float(facts.number("stage_two_alpha", least=0))
     lows = pair(path, parts["stage_two"], DOWN, UP, lambda *_: alpha)
     first, second = (
@@ -96,9 +98,10 @@ def _facts(path: Path, metadata: dict[str, str], name: str) -> Fields:
 
 
 def _limits(fields: Fields) -> StageLimits:
-    wanted = {name: fields.number(name, value) for name, value in vars(StageLimits()).items()}
+    names = vars(StageLimits())
+    fields.only(*names)
     try:
-        return StageLimits(**wanted)
+        return StageLimits(**{name: fields.number(name) for name in names})
     except ValueError as error:
         raise CheckpointError(f"{fields.where}: {error}") from error
 
@@ -259,6 +262,7 @@ def _read_about(path: Path, metadata: dict[str, str]) -> dict:
 
 
 def _step(fields: Fields) -> OneStep:
+    fields.only("t", *"pqab")
     p, q = (fields.number(name, least=-1e4, most=1e4) for name in "pq")
     a, b = (fields.number(name, default, least=-1e4, most=1e4) for name, default in (("a", 1.0), ("b", 0.0)))
     return OneStep(fields.whole("t", most=TIMESTEPS - 1), p, q, a, b)
