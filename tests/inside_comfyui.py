@@ -848,6 +848,19 @@ def check_plan_speaks_and_draws():
     assert tuple(grid.shape[:1]) == (1,) and grid.shape[-1] == 3
 
 
+def check_the_plan_is_drawn_by_a_pillow_without_sizes():
+    """ComfyUI asks for any Pillow; before 10.1 its own font has one size."""
+    module = part("nodes.plan")
+    own = module.ImageFont.load_default
+    module.ImageFont.load_default = lambda: own()
+    try:
+        first, _, vae, _ = embedded()
+        plan = NODES["TUDSRPlan"].execute(picture(1, 100, 150), first, vae, 8.0, 0, 0, 512, 128, 1)
+    finally:
+        module.ImageFont.load_default = own
+    assert plan.args[0].shape[-1] == 3
+
+
 def check_a_peft_folder_that_lacks_a_module_is_refused():
     for part_folder, module, network in (
         ("unet_lora_adapter", "mid_block.resnets.0.conv1", "UNet"),
