@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .files import MAX_MEGAPIXELS
 from .methods import METHODS
+from .missing import needs
 from .untrusted import printable
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def one_line_errors(command):
         except (ValueError, OSError, MemoryError) as error:
             complain(error)
             raise typer.Exit(1) from None
+        except ImportError as error:
+            complain(ImportError(f"this {needs(error)}"))
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             complain(RuntimeError("interrupted; nothing half-written was left"))
             raise typer.Exit(130) from None
@@ -137,7 +141,7 @@ def run_jobs(
             try:
                 _run_job(job, count, open_one, finish_one, dry_run)
                 done["planned" if dry_run else "written"] += 1
-            except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
                 failed.append(printable(job.source.name))
                 complain(_explained(error, job))
     finally:
@@ -153,6 +157,8 @@ def _explained(error: Exception, job: Job) -> Exception:
         return MemoryError(f"{job.source} needs more memory than there is")
     if isinstance(error, RuntimeError):
         raise error
+    if isinstance(error, ImportError):
+        return ImportError(f"{job.source} {needs(error)}")
     return error
 
 
