@@ -166,6 +166,25 @@ def test_an_adapter_for_another_base_is_refused():
             slot.check(patch, "foreign")
 
 
+@pytest.mark.parametrize(
+    ("down", "up", "weight", "fits"),
+    [
+        ((4, 3, 3, 128), (64, 4), (64, 128, 3, 3), False),  # as many values, in another order
+        ((4, 128, 9, 1), (64, 4, 1, 1), (64, 128, 3, 3), False),
+        ((4, 1152), (64, 4), (64, 128, 3, 3), False),
+        ((4, 32, 2, 2), (64, 4), (64, 128), False),
+        ((4, 128, 3, 3), (64, 4, 1, 1), (64, 128, 3, 3), True),
+        ((4, 128, 3, 3), (64, 4), (64, 128, 3, 3), True),
+        ((4, 128), (64, 4), (64, 128), True),
+        ((4, 128), (64, 4), (64, 128, 1, 1), True),
+        ((4, 128, 1, 1), (64, 4, 1, 1), (64, 128), True),
+    ],
+)
+def test_updates_fit_by_shape_not_by_the_count_of_values(down, up, weight, fits):
+    patch = Patch({"conv": Low(torch.ones(down), torch.ones(up), 1.0)})
+    assert (patch.misfits({"conv.weight": torch.ones(weight)}) == []) == fits
+
+
 def model_with(tmp_path, **changes):
     """A copy of the shipped model whose facts say something else."""
     with safe_open(embedded_path(), framework="pt") as file:

@@ -38,8 +38,11 @@ class Low:
         return self.up.shape[0], *self.down.shape[1:]
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether the update has as many values as `weight`, row for row."""
-        return self.up.shape[0] == weight.shape[0] and self.up.shape[0] * self.down[0].numel() == weight.numel()
+        """Whether the update has the shape of `weight`; a linear layer's fits a 1 x 1 convolution, and the reverse."""
+        own, theirs = (
+            tuple(shape[:2]) if set(shape[2:]) <= {1} else tuple(shape) for shape in (self.shape, weight.shape)
+        )
+        return own == theirs and set(self.up.shape[2:]) <= {1}
 
     def delta(self, weight: Tensor) -> Tensor:
         """Return the update for `weight` in float32, reshaped (a linear's fits a 1 x 1 convolution)."""
