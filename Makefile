@@ -17,7 +17,7 @@ test: .venv/.test
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP) -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP) -c constraints.txt -e '.[cli]'
 	touch $@
 
 .venv/.test: pyproject.toml constraints.txt

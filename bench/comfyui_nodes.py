@@ -47,7 +47,7 @@ def load_pack() -> dict:
 
 def stock(method: str, image: torch.Tensor, model, vae, text: list) -> torch.Tensor:
     """Return `B H W C` of one Euler step from `TIMESTEP` on the picture enlarged by 2."""
-    resize = sys.modules["pack.tudsr_core.image"].resize
+    resize = sys.modules["pack.tudsr_core.pictures.tensors"].resize
     pixels = resize(image.movedim(-1, 1), tuple(2 * side for side in image.shape[1:3])).clamp(0, 1).movedim(1, -1)
     tiles = dict(tile_size=512, overlap=64) if method == "tiled" else {}
     encoder = nodes.VAEEncodeTiled() if tiles else nodes.VAEEncode()

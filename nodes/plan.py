@@ -83,6 +83,13 @@ def draw_grid(image: Tensor, plan: UpscalePlan) -> Tensor:
     return draw_tiles(image, part.tiles, part.size, part.padded[0] / part.tiles.height)
 
 
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1 has one size, and ComfyUI takes any Pillow
+        return ImageFont.load_default()
+
+
 def draw_tiles(image: Tensor, tiles: TilePlan, wanted: tuple[int, int], unit: float, longest: int = 1024) -> Tensor:
     """Return `1 3 H W` as `1 h w 3` of at most `longest`, with numbered tiles of `unit` pixels of size `wanted`."""
     zoom = min(1.0, longest / max(wanted))
@@ -90,7 +97,7 @@ def draw_tiles(image: Tensor, tiles: TilePlan, wanted: tuple[int, int], unit: fl
     pixels = resize(image, size).clamp(0, 1)
     picture = Image.fromarray((pixels[0].movedim(0, -1) * 255).round().byte().numpy())
     draw = ImageDraw.Draw(picture, "RGBA")
-    font = ImageFont.load_default(max(10, round(24 * zoom * tiles.tile_width * unit / 512)))
+    font = _font(max(10, round(24 * zoom * tiles.tile_width * unit / 512)))
     for tile in tiles:
         box = [value * unit * zoom for value in (tile.left, tile.top, tile.left + tile.width, tile.top + tile.height)]
         hue = (255, 190, 60) if (tile.index // len(tiles.lefts) + tile.index) % 2 else (90, 200, 255)

@@ -60,7 +60,8 @@ class RegionConditioning(io.ComfyNode):
             display_name="Tile Prompts to Conditioning",
             category=CATEGORY,
             description="Makes stock KSampler an exact regional MultiDiffusion: one positive and one negative entry "
-            "per tile, each with its own ControlNet hint. Use the plain MODEL, without MultiDiffusion (Tiled).",
+            "per tile, each with its own ControlNet hint. Use the plain MODEL, without MultiDiffusion (Tiled); "
+            "for videos, whose number of frames is not known here, give the prompts to MultiDiffusion (Tiled) instead.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the sampled model."),
                 prompts_input(),

@@ -826,9 +826,9 @@ def check_extra_model_folders_are_searched():
 
 def check_an_adapter_for_another_unet_is_refused():
     ours, adapters = part("nodes.host.adapters"), part("tudsr_core.weights.adapters")
-    low = adapters.Low(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
+    low = adapters.LoRAWeights(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
     try:
-        ours.apply(stub_model(), adapters.Patch({"nowhere.to_q": low}), {}, "foreign", "UNet")
+        ours.apply(stub_model(), adapters.WeightDelta({"nowhere.to_q": low}), {}, "foreign", "UNet")
     except part("tudsr_core.weights.tensor_files").CheckpointError as error:
         assert "foreign" in str(error) and "nowhere.to_q" in str(error)
     else:
@@ -852,6 +852,19 @@ def check_plan_speaks_and_draws():
     assert "150 x 100 to 1200 x 800" in words
     assert calls == 2 + 6
     assert tuple(grid.shape[:1]) == (1,) and grid.shape[-1] == 3
+
+
+def check_the_plan_is_drawn_by_a_pillow_without_sizes():
+    """ComfyUI asks for any Pillow; before 10.1 its own font has one size."""
+    module = part("nodes.plan")
+    own = module.ImageFont.load_default
+    module.ImageFont.load_default = lambda: own()
+    try:
+        first, _, vae, _ = embedded()
+        plan = NODES["TUDSRPlan"].execute(picture(1, 100, 150), first, vae, 8.0, 0, 0, 512, 128, 1)
+    finally:
+        module.ImageFont.load_default = own
+    assert plan.args[0].shape[-1] == 3
 
 
 def check_a_peft_folder_that_lacks_a_module_is_refused():

@@ -257,6 +257,31 @@ def check_the_masks_take_no_memory():
     assert positive[0][1]["mask"].untyped_storage().nbytes() == 4
 
 
+def check_boxes_fit_one_frame_and_videos_are_sent_elsewhere():
+    """ComfyUI cuts a mask along every axis of the latent; how many frames there are is known to nobody before."""
+    plan = tiles_module.plan_tiles(32, 32, 16, 8)
+    entries = [entry[1] | {"model_conds": {}, "uuid": None} for entry in regions(tile_prompts(plan))[0]]
+
+    def weights(latent):
+        resolved = list(entries)
+        comfy.samplers.resolve_areas_and_cond_masks_multidim(resolved, latent.shape[2:], latent.device)
+        found = [comfy.samplers.get_area_and_mult(one, latent, torch.zeros(1)) for one in resolved]
+        return [entry.mult for entry in found]
+
+    for shape in ((1, 4, 32, 32), (1, 4, 1, 32, 32)):
+        assert all(mult.shape[-2:] == (16, 16) and (mult == 1).all() for mult in weights(torch.zeros(shape)))
+    try:
+        weights(torch.zeros(1, 4, 5, 32, 32))
+    except RuntimeError as error:
+        assert "exceeds dimension size (1)" in str(error)
+    else:
+        raise AssertionError("videos work: say so in the description and the help page")
+    node = NODES["TUDSRTilePromptsToConditioning"]
+    page = base.PACK / "nodes" / "web" / "docs" / "TUDSRTilePromptsToConditioning.md"
+    for words in (node.define_schema().description, page.read_text("utf-8")):
+        assert "video" in words and "MultiDiffusion (Tiled)" in words
+
+
 def check_tile_prompts_in_multidiffusion_equal_the_area_lists():
     for shape, cfg in CASES:
         plan = tiles_module.plan_tiles(*shape[-2:], 16, 6)

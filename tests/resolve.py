@@ -1,4 +1,4 @@
-"""What `pip install -r requirements.txt` would change in environments as users of ComfyUI have them.
+"""What installing the requirements and the pack itself would change in environments as users of ComfyUI have them.
 
     python tests/resolve.py [REQUIREMENTS]
 
@@ -44,15 +44,19 @@ def canonical(name: str) -> str:
 
 
 def changes(packages: tuple[str, ...], requirements: Path, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Return what an environment with `packages` holds, and what pip would install or move there."""
+    """Return what an environment with `packages` holds, and what pip would install or move there.
+
+    Both are asked for: `requirements`, and the dependencies of pyproject.toml, which comfy-cli --fast-deps reads.
+    """
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     pip(python, "install", "--quiet", "--upgrade", "pip")  # before 23 it has no report
     pip(python, "install", "--quiet", *packages)
     have = installed(python)
     report = folder / "report.json"
-    pip(python, "install", "--quiet", "--dry-run", "--report", str(report), "-r", str(requirements))
+    pip(python, "install", "--quiet", "--dry-run", "--report", str(report), "-r", str(requirements), str(ROOT))
     wanted = [entry["metadata"] for entry in json.loads(report.read_bytes())["install"]]
+    wanted = [one for one in wanted if canonical(one["name"]) != "comfyui-tudsr"]
     lines = [f"{one['name']} {have.get(canonical(one['name']), 'absent')} -> {one['version']}" for one in wanted]
     return have, sorted(lines)
 

@@ -45,7 +45,8 @@ def write(root: Path) -> None:
     unet.save_pretrained(root / "base" / "unet")
     AutoencoderKL(**SMALL_VAE).save_pretrained(root / "base" / "vae")
     CLIPTextModel(CLIPTextConfig(**SMALL_TEXT)).save_pretrained(root / "base" / "text_encoder")
-    DDPMScheduler().save_pretrained(root / "base" / "scheduler")
+    noise = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    DDPMScheduler(**noise).save_pretrained(root / "base" / "scheduler")
     tokenizer = root / "base" / "tokenizer"
     tokenizer.mkdir()
     words = {"!": 0, "a</w>": 1, "b</w>": 2, "a": 3, "b": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}

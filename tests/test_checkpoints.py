@@ -168,6 +168,25 @@ def test_an_adapter_for_another_base_is_refused():
             slot.check(patch, "foreign")
 
 
+@pytest.mark.parametrize(
+    ("down", "up", "weight", "fits"),
+    [
+        ((4, 3, 3, 128), (64, 4), (64, 128, 3, 3), False),  # as many values, in another order
+        ((4, 128, 9, 1), (64, 4, 1, 1), (64, 128, 3, 3), False),
+        ((4, 1152), (64, 4), (64, 128, 3, 3), False),
+        ((4, 32, 2, 2), (64, 4), (64, 128), False),
+        ((4, 128, 3, 3), (64, 4, 1, 1), (64, 128, 3, 3), True),
+        ((4, 128, 3, 3), (64, 4), (64, 128, 3, 3), True),
+        ((4, 128), (64, 4), (64, 128), True),
+        ((4, 128), (64, 4), (64, 128, 1, 1), True),
+        ((4, 128, 1, 1), (64, 4, 1, 1), (64, 128), True),
+    ],
+)
+def test_updates_fit_by_shape_not_by_the_count_of_values(down, up, weight, fits):
+    patch = WeightDelta({"conv": LoRAWeights(torch.ones(down), torch.ones(up), 1.0)})
+    assert (patch.misfits({"conv.weight": torch.ones(weight)}) == []) == fits
+
+
 def model_with(tmp_path, **changes):
     """A copy of the shipped model whose facts say something else."""
     with safe_open(embedded_path(), framework="pt") as file:
@@ -178,6 +197,7 @@ def model_with(tmp_path, **changes):
     return tmp_path / "model.safetensors"
 
 
+LIMITS = vars(read_model(embedded_path()).limits)
 UNET, VAE = read_model(embedded_path()).unet_config, read_model(embedded_path()).vae_config
 
 
@@ -190,10 +210,13 @@ UNET, VAE = read_model(embedded_path()).unet_config, read_model(embedded_path())
         ({"stage_two_alpha": "gone"}, "lacks 'stage_two_alpha'"),
         ({"stage_one_timestep": 1000}, "'stage_one_timestep' is 1000, it must be from 0 to 999"),
         ({"stage_two_timestep": 0.5}, "must be a whole number"),
-        ({"limits": {"second": 1.0000001}}, "second 1 is not possible; use 1.25 to 64"),
-        ({"limits": {"first_max": 0}}, "first_max 0 is not possible"),
-        ({"limits": {"second": 1}}, "second 1 is not possible"),
-        ({"limits": {"single_up_to": "x"}}, "'single_up_to' is x, it must be a number"),
+        ({"stage_three_timestep": 10}, "says stage_three_timestep, which this version does not know; update this pack"),
+        ({"limits": LIMITS | {"third": 2, "\x1b": 1}}, r"limits says \\x1b, third, which this version does not know"),
+        ({"limits": {"first_max": 4, "single_up_to": 4}}, "limits lacks 'second'"),
+        ({"limits": LIMITS | {"second": 1.0000001}}, "second 1 is not possible; use 1.25 to 64"),
+        ({"limits": LIMITS | {"first_max": 0}}, "first_max 0 is not possible"),
+        ({"limits": LIMITS | {"second": 1}}, "second 1 is not possible"),
+        ({"limits": LIMITS | {"single_up_to": "x"}}, "'single_up_to' is x, it must be a number"),
         ({"limits": 3}, "limits must be a table"),
         ({"unet_config": UNET | {"layers_per_block": 100_000}}, "layers_per_block cannot be 100000"),
         ({"unet_config": UNET | {"transformer_layers_per_block": [90] * 9}}, "is not known"),
@@ -220,7 +243,11 @@ def test_facts_of_a_model_are_data_within_limits(tmp_path, changes, says):
         ({"steps": '[{"t": 1, "p": 1}]'}, "lacks 'q'"),
         ({"steps": '[{"t": 1000, "p": 1, "q": 1}]'}, "'t' is 1000, it must be from 0 to 999"),
         ({"steps": '[{"t": 1, "p": 1e40, "q": 1}]'}, "a number that is none or far too large"),
+        ({"steps": '[{"t": 1, "p": 1, "q": 1, "r": 2}]'}, "says r, which this version does not know"),
         ({"steps": "[" * 99 + "]" * 99}, "nested too deeply"),
+        ({"targets": '{"unet": 3}'}, "unet must be a table of names and values, not 3"),
+        ({"targets": '{"unet": {"names": "conv1", "within": ""}}'}, "'names' is conv1, it must be a list of texts"),
+        ({"targets": '{"unet": {"names": ["conv1"]}}'}, "lacks 'within'"),
         ({"method": "\x1b[1m"}, r"of method '\\x1b\[1m'"),
         ({"format": "tudsr-adapter/\x1b"}, r"newer version \(tudsr-adapter/\\x1b"),
     ],

@@ -5,9 +5,11 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from command import TUDSR, WIDE, tudsr
 from PIL import Image
 
@@ -339,6 +341,33 @@ def test_help_version_and_completion_load_nothing_heavy(arguments, environment, 
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
     assert done.stderr.splitlines()[-1] == "heavy:"
+
+
+def without(*packages):
+    """An environment in which these packages cannot be imported."""
+    return {**WIDE, "PYTHONPATH": str(Path(__file__).parent / "without"), "TUDSR_TEST_WITHOUT": " ".join(packages)}
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_the_command_without_its_own_packages_says_so_in_one_line(package):
+    done = subprocess.run([*TUDSR, "--help"], capture_output=True, encoding="utf-8", env=without(package))
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == f"error: tudsr needs {package}; run: pip install 'comfyui-tudsr[cli]'\n"
+
+
+def test_pictures_and_models_without_their_packages_are_one_line_each(photo, tmp_path, small_sd):
+    deep, needs = tmp_path / "deep.tif", "needs {0}; run: pip install 'comfyui-tudsr[cli]'"
+    tifffile.imwrite(deep, np.zeros((8, 8, 3), np.uint16), photometric="rgb")
+    model = ["--model", small_sd / "base", "--stage-one", small_sd / "one", "--method", "tudsr"]
+    for package, arguments, says in (
+        ("tifffile", [deep, photo, "-o", tmp_path / "made", "--scale", "2"], f"{deep} {needs}"),
+        ("tifffile", [photo, "-o", tmp_path / "x.tif", "--scale", "2"], f"{photo} {needs}"),
+        ("diffusers", [photo, "-o", tmp_path / "x.png", *model], f"this {needs}"),
+    ):
+        command, env = [*TUDSR, "upscale", *arguments], without(package)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env)
+        assert done.returncode == 1 and done.stderr.splitlines() == [f"error: {says.format(package)}"]
+    assert (tmp_path / "made" / photo.name).exists(), "the other file is done"
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

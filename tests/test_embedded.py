@@ -163,10 +163,10 @@ def test_the_nodes_need_nothing_beyond_comfyui(tmp_path):
 import importlib, sys, torch
 for name in {core_modules_of_the_nodes()}:
     importlib.import_module(name)
-from tudsr_core.local import load_embedded
+from tudsr_core.backends.local import load_embedded
 from tudsr_core.models.invsr import NoisePredictor, build_predictor
-from tudsr_core.pipeline import upscale
-from tudsr_core.plan import Target
+from tudsr_core.methods.two_stage import upscale
+from tudsr_core.methods.plan import Target
 torch.manual_seed(0)
 picture = upscale(torch.rand(1, 3, 12, 16), load_embedded("cpu"), Target(scale=8))
 predictor = build_predictor(NoisePredictor((64, 128), 1, 96).state_dict(), "test")

@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     script = f"""
 import resource, signal, torch
 from pathlib import Path
-from tudsr_core.files import Picture, PictureError
+from tudsr_core.pictures.files import Picture, PictureError
 from tudsr_core.writing import write_picture
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

@@ -1,6 +1,7 @@
 """Every published adapter format, written as its authors write it, read back and compared with peft's own output."""
 
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -366,16 +367,55 @@ def test_a_peft_folder_that_lacks_a_module_is_refused(files, tmp_path, nets, par
     file = folder / part / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if f".{module}." not in key}, file)
-    adapter = read_adapter(folder)
-    patch, name = ((adapter.unet, "UNet"), (adapter.vae, "VAE"))[network]
-    with pytest.raises(CheckpointError) as caught:
-        LoRAMerger(nets[network], name).check(patch, adapter.name)
-    path = f"encoder.{module}" if network else module
-    assert str(caught.value) == (
-        f"adapter lacking lacks 1 of the {name}'s modules that it says it changes: {path}; it is damaged, get it again"
-    )
-    whole = read_adapter(files["omgsr"].path)
-    LoRAMerger(nets[network], name).check((whole.unet, whole.vae)[network], "whole")
+    path, name = (f"encoder.{module}", "VAE") if network else (module, "UNet")
+    says = f"adapter lacking lacks 1 of the {name}'s modules that it says it changes: {path}; it is damaged, get it"
+    converted = tmp_path / "converted.safetensors"
+    for source in (folder, converted):  # what is converted still knows what it lacks
+        adapter = read_adapter(source)
+        with pytest.raises(CheckpointError, match=re.escape(says)):
+            LoRAMerger(nets[network], name).check((adapter.unet, adapter.vae)[network], adapter.name)
+        write_adapter(converted, adapter)
+    write_adapter(converted, read_adapter(files["omgsr"].path))
+    for source in (files["omgsr"].path, converted):
+        whole = read_adapter(source)
+        LoRAMerger(nets[network], name).check((whole.unet, whole.vae)[network], "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"target_modules": "all-linear"}, "its target_modules is all-linear"),
+        ({"target_modules": r".*\.conv\d"}, r"its target_modules is .*\.conv\d"),
+        ({"target_modules": None}, "its target_modules is None"),
+        ({"exclude_modules": ["conv1"]}, "its exclude_modules"),
+    ],
+)
+def test_that_lacking_modules_cannot_be_checked_is_said(files, tmp_path, caplog, changes, why):
+    says = f"has no plain list of the modules that it changes ({why}), so it cannot be checked that none is lacking"
+    folder = unet_folder(files, tmp_path, **changes)
+    for source in (folder, folder / "adapter_model.safetensors"):
+        assert read_adapter(source, "tudsr").unet.targets == ()
+        assert f"{source} {says}" in caplog.text
+    caplog.clear()
+    read_adapter(files["omgsr"].path, "omgsr")
+    assert not caplog.text
+
+
+def test_one_file_of_a_peft_folder_knows_what_it_must_change(files):
+    path = files["omgsr"].path / "unet_lora_adapter"
+    targets = read_adapter(path / "adapter_model.safetensors", "tudsr").unet.targets
+    assert targets and targets == read_adapter(path, "tudsr").unet.targets
+
+
+def test_omgsr_without_its_encoder_is_refused(files, tmp_path):
+    folder = shutil.copytree(files["omgsr"].path, tmp_path / "half")
+    shutil.rmtree(folder / "vae_encoder_lora_adapter")
+    for source in (folder, folder / "unet_lora_adapter"):
+        with pytest.raises(
+            CheckpointError, match=f"{source.name} has no vae_encoder_lora_adapter/, which OMGSR always"
+        ):
+            read_adapter(source, "omgsr")
+    assert not read_adapter(folder, "tudsr").vae
 
 
 def test_a_wrong_shape_names_the_key_and_both_shapes(files, tmp_path, nets):

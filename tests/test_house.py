@@ -11,7 +11,7 @@ CORE = ROOT / "tudsr_core"
 
 # A module may import only from ranks below its own.
 RANKS = [
-    {"untrusted", "image", "schedule", "known_files", "vae_graph", "vae_planes", "vae_reach"},
+    {"untrusted", "missing", "image", "schedule", "known_files", "vae_graph", "vae_planes", "vae_reach"},
     {"download", "files", "pickles", "tiles", "vae_layers"},
     {"metadata", "methods", "raster"},
     {

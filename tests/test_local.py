@@ -463,6 +463,35 @@ def test_configurations_are_data_within_limits(small_sd, tmp_path, no_network, c
     assert not no_network
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 500),
+        ("scheduler/scheduler_config.json", "beta_start", 0.0001),
+        ("scheduler/scheduler_config.json", "beta_end", 0.02),
+        ("scheduler/scheduler_config.json", "beta_schedule", "linear"),
+        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True),
+        ("scheduler/scheduler_config.json", "trained_betas", [0.1]),
+        ("vae/config.json", "shift_factor", 0.1),
+        ("vae/config.json", "latents_mean", [0.1] * 4),
+        ("vae/config.json", "latents_std", [0.1] * 4),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused_by_name(small_sd, tmp_path, part, name, value):
+    base = hostile_base(small_sd, tmp_path / "base", {part: {name: value}})
+    with pytest.raises(CheckpointError, match=rf"{part} says {name} .*; use a folder of one of these"):
+        read_base(base)
+
+
+def test_settings_that_change_nothing_are_read(small_sd, tmp_path):
+    changes = {"vae/config.json": {"shift_factor": 0, "latents_mean": None}}
+    changes["scheduler/scheduler_config.json"] = {"rescale_betas_zero_snr": False, "set_alpha_to_one": False}
+    base = hostile_base(small_sd, tmp_path / "base", changes)
+    read_base(base)
+    (base / "scheduler" / "scheduler_config.json").unlink()
+    read_base(base)
+
+
 @pytest.mark.parametrize("part", ["vae_config", "unet_config"])
 def test_a_model_file_whose_config_names_a_repository_asks_nobody(tmp_path, no_network, part):
     with safe_open(embedded_path(), framework="pt") as file:

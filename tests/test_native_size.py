@@ -1,6 +1,8 @@
 """Small pictures: the arithmetic of the methods' own scripts, written out with Pillow from their description."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,18 @@ def test_nothing_changes_for_the_embedded_model_for_large_pictures_and_when_swit
     for model, size, options in cases:
         plan = plan_for(model, size, Target(scale=4), options)
         assert plan.start == size and plan.stages[-1].size == plan.size and not plan.note
+
+
+def test_the_docs_table_of_stages_is_what_the_plan_makes():
+    page = (Path(__file__).parent.parent / "docs" / "differences.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) px, x(\d+) \| ([\dx ]+) \| .*?([\d, ]+) px(?:, shrunk|:| \|)", page, re.M)
+    assert len(rows) == 5
+    for side, factor, stages, sizes in rows:
+        plan = plan_for(model_of("tudsr", 2), (int(side),) * 2, Target(scale=int(factor)), PLAIN)
+        made = [stage.size[0] for stage in plan.stages]
+        assert made == [int(size) for size in sizes.split(", ")]
+        factors = [after // before for before, after in zip([plan.start[0], *made], made, strict=False)]
+        assert factors == [int(number) for number in stages.split(" x ")]
 
 
 def test_narrow_strips_do_not_become_huge():

@@ -28,8 +28,9 @@ def names(lines):
     }
 
 
-def dependencies():
-    declared = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.S | re.M)
+def dependencies(of="dependencies"):
+    """Return what is always installed, or what an extra installs."""
+    declared = re.search(rf"^{of} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text("utf-8"), re.S | re.M)
     return re.findall(r'"([^"]+)"', declared.group(1))
 
 
@@ -38,7 +39,7 @@ def test_requirements_are_names_of_what_comfyui_has():
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
     assert all(re.fullmatch(r"[a-z]+", line) for line in lines), "only names, without bounds"
     assert set(lines) <= OF_COMFYUI
-    assert set(lines) <= names(dependencies())
+    assert dependencies() == lines, "comfy-cli --fast-deps reads pyproject.toml instead"
 
 
 def test_comfyui_still_requires_them():
@@ -57,7 +58,13 @@ def test_declared_minima_are_the_versions_that_were_run():
     lowest = dict(re.findall(r"^([a-z-]+)==([\d.]+)$", (ROOT / "tests" / "lowest.txt").read_text("utf-8"), re.M))
     del declared["ruff"]  # formats the code, runs no test
     assert declared == lowest
-    assert names(dependencies()) <= lowest.keys(), "every dependency has a minimum"
+    assert names(dependencies()) <= names(dependencies("cli")) <= lowest.keys(), "every dependency has a minimum"
+
+
+def test_every_extra_brings_what_the_command_needs():
+    for extra in ("sd", "train", "metrics"):
+        assert "comfyui-tudsr[cli]" in dependencies(extra)
+    assert "comfyui-tudsr[sd,train,metrics]" in dependencies("dev")
 
 
 @needs_registry

@@ -165,7 +165,7 @@ PROBE = """
 import resource, sys
 from pathlib import Path
 import torch
-from tudsr_core.tensor_files import CheckpointError, read_file
+from tudsr_core.weights.tensor_files import CheckpointError, read_file
 resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
@@ -193,7 +193,7 @@ def test_refusing_hostile_files_takes_little_memory(tmp_path):
 
 
 def test_streaming_gives_every_tensor_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("tudsr_core.tensor_files.STREAM_BYTES", 100)
+    monkeypatch.setattr("tudsr_core.weights.tensor_files.STREAM_BYTES", 100)
     tensors = {f"{part}.{i}": torch.full((20,), float(i)) for part in "ab" for i in range(7)}
     write_file(tmp_path / "x.safetensors", tensors, {})
     torch.save(tensors, tmp_path / "x.pt")
@@ -207,7 +207,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from tudsr_core.tensor_files import CheckpointError, write_file
+from tudsr_core.weights.tensor_files import CheckpointError, write_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     write_file(Path(sys.argv[1]), {"a": torch.zeros(10_000)}, {})

@@ -183,6 +183,14 @@ class Fields:
         row = Fields(dict(enumerate(value)), f"{self.where}, {name}", self.error)
         return [row.number(index) for index in row.values]
 
+    def only(self, *names: str) -> None:
+        """Raise `error` naming every field that is none of `names`: a setting that would be ignored."""
+        if strange := sorted(shown(name) for name in self.values.keys() - set(names)):
+            more = ", ..." if len(strange) > 5 else ""
+            raise self.error(
+                f"{self.where} says {', '.join(strange[:5])}{more}, which this version does not know; update this pack"
+            )
+
     def table(self, name: str) -> Fields:
         """Return the table inside this one."""
         return Fields(self._get(name, None), f"{self.where}, {name}", self.error)

@@ -15,7 +15,7 @@ from reprlib import repr as short
 import torch
 from torch import Tensor, nn
 
-from ..untrusted import Fields, network_config, parse_json, read_text
+from ..untrusted import Fields, network_config, parse_json, read_text, shown
 from ..weights import CheckpointError, some, stream
 
 TOKENS, START, END = 77, 49406, 49407
@@ -55,6 +55,17 @@ TELLTALE = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_SPREAD = 0.09
 
 PREDICTIONS = ("epsilon", "v_prediction")
+# What a folder may say of its noise levels, which `schedule.py` has; a missing setting is taken to be this.
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "rescale_betas_zero_snr": False,
+    "trained_betas": None,
+}
+# Later VAEs move and scale each latent channel by these; SD's has one factor.
+UNUSED_LATENTS = ("shift_factor", "latents_mean", "latents_std")
 
 Embed = Callable[..., Tensor]
 
@@ -85,6 +96,7 @@ def read_base(
     check_exists(path)
     if path.is_dir():
         kind = read_prediction(path)
+        _check_noise(path)
         if kind not in predictions:
             raise CheckpointError(
                 f"{path} predicts {kind}, but one-step adapters need an epsilon model; "
@@ -111,8 +123,10 @@ def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, 
             raise CheckpointError(f"{path} is not a diffusers folder of Stable Diffusion: {part}/ is missing")
     networks = []
     for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
+        fields = _read_fields(path / part / "config.json")
+        _refuse_settings(fields, [name for name in UNUSED_LATENTS if fields.values.get(name)])
         weights = _copied(_folder_weights(path / part), dtype)
-        networks.append(_fill(path, part, kind, network_config(_read_fields(path / part / "config.json")), weights))
+        networks.append(_fill(path, part, kind, network_config(fields), weights))
 
     def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
         text = path / "text_encoder"
@@ -183,10 +197,29 @@ def _check_all_used(path: Path, name: str, unused: Iterable[str]) -> None:
         )
 
 
+def _refuse_settings(fields: Fields, names: list[str]) -> None:
+    if names:
+        said = ", ".join(f"{name} {shown(fields.values[name])}" for name in names)
+        raise CheckpointError(
+            f"{fields.where} says {said}, which Stable Diffusion 2.1 and SD-Turbo do not have; "
+            "use a folder of one of these"
+        )
+
+
 def read_prediction(path: Path) -> str:
     """Return what the UNet of a base model predicts, "epsilon" unless its folder says otherwise."""
+    return _scheduler(path).text("prediction_type", "epsilon")
+
+
+def _check_noise(path: Path) -> None:
+    """Raise CheckpointError if the folder of a base model says that it was trained with other noise levels."""
+    fields = _scheduler(path)
+    _refuse_settings(fields, [name for name, value in SCHEDULE.items() if fields.values.get(name, value) != value])
+
+
+def _scheduler(path: Path) -> Fields:
     file = path / "scheduler" / "scheduler_config.json"
-    return _read_fields(file).text("prediction_type", "epsilon") if file.is_file() else "epsilon"
+    return _read_fields(file) if file.is_file() else Fields({}, str(file), CheckpointError)
 
 
 def _read_single_file(

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..methods import METHODS
+from ..missing import needs
 from ..pictures import MAX_MEGAPIXELS
 from ..untrusted import printable
 
@@ -93,6 +94,9 @@ def one_line_errors(command):
         except (ValueError, OSError, MemoryError) as error:
             complain(error)
             raise typer.Exit(1) from None
+        except ImportError as error:
+            complain(ImportError(f"this {needs(error)}"))
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             complain(RuntimeError("interrupted; nothing half-written was left"))
             raise typer.Exit(130) from None
@@ -162,7 +166,7 @@ def run_jobs(
             try:
                 _run_job(job, count, open_one, finish_one, dry_run)
                 done["planned" if dry_run else "written"] += 1
-            except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
                 failed.append(printable(job.source.name))
                 complain(_explained(error, job))
     finally:
@@ -178,6 +182,8 @@ def _explained(error: Exception, job: Job) -> Exception:
         return MemoryError(f"{job.source} needs more memory than there is")
     if isinstance(error, RuntimeError):
         raise error
+    if isinstance(error, ImportError):
+        return ImportError(f"{job.source} {needs(error)}")
     return error
 
 

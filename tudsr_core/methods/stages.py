@@ -71,10 +71,10 @@ class UpscaleOptions:
 
     `tile_px` 0: the side that takes least computing, from 512 to 640. `tile_batch` 0: as many as fit
     in free memory. `published`: as the method's own script does it; tile, overlap and window are then
-    the method's (`Method.tiling`), and those given here are not used. `native_size`: networks make no
-    smaller pictures than those they were trained on (`Method.native_px`); smaller ones are enlarged
-    before and shrunk after, or padded, as the method's own script does. An overlap that is not
-    smaller than the tile follows it, see `fit_overlap`.
+    the method's (`Method.tiling`), and those given here are not used. `native_size`: no smaller
+    results are made than those trained on (`Method.native_px`; a stage before the last may work below);
+    smaller ones are enlarged before and shrunk after, or padded, as the method's own script does. An
+    overlap that is not smaller than the tile follows it, see `fit_overlap`.
     """
 
     tile_px: int = 0

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ..missing import needs
 from . import png
 from .files import FORMATS, Picture, PictureError, Unsuitable, check_file_bytes, check_size
 from .metadata import ORIENTATION, read_exif, usable_dpi, usable_icc
@@ -59,6 +60,8 @@ def read_picture(path: Path, max_megapixels: float | None = None) -> Picture:
         raise PictureError(f"{path} is damaged or incomplete (no such header); copy or download it again") from error
     except MemoryError as error:
         raise PictureError(f"{path} does not fit into memory; shrink or crop it first") from error
+    except ImportError as error:
+        raise PictureError(f"{path} {needs(error)}") from error
     except Exception as error:  # decoders raise anything on damaged files: TypeError, ZeroDivisionError, ...
         reason = str(error) or type(error).__name__
         raise PictureError(f"{path} is damaged or incomplete ({reason:.200}); copy or download it again") from error

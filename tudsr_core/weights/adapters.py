@@ -38,8 +38,11 @@ class LoRAWeights:
         return self.up.shape[0], *self.down.shape[1:]
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether the update has as many values as `weight`, row for row."""
-        return self.up.shape[0] == weight.shape[0] and self.up.shape[0] * self.down[0].numel() == weight.numel()
+        """Whether the update has the shape of `weight`; a linear layer's fits a 1 x 1 convolution, and the reverse."""
+        own, theirs = (
+            tuple(shape[:2]) if set(shape[2:]) <= {1} else tuple(shape) for shape in (self.shape, weight.shape)
+        )
+        return own == theirs and set(self.up.shape[2:]) <= {1}
 
     def delta(self, weight: Tensor) -> Tensor:
         """Return the update for `weight` in float32, reshaped (a linear's fits a 1 x 1 convolution)."""
@@ -163,7 +166,7 @@ def map_updates(lows: dict[str, LoRAWeights], change: Callable[[Tensor], Tensor]
 
 
 class LoRAMerger:
-    """A network whose weights can carry one `Patch` at a time.
+    """A network whose weights can carry one `WeightDelta` at a time.
 
     Patches are merged into the weights; the originals of what was touched are kept, so that going
     back is bit-exact and base weights exist once. With `keep` off nothing is kept: for a network

@@ -19,7 +19,7 @@ from ..diffusion import OneStep, from_noise_level, scaled_linear
 from ..methods import METHODS, StageLimits
 from ..untrusted import Fields, parse_json, shown
 from .adapters import Adapter, WeightDelta, map_updates
-from .formats import pair, read_foreign, read_peft_folder, take_alphas
+from .formats import UNET_FOLDER, VAE_FOLDER, pair, read_foreign, read_peft_folder, take_alphas
 from .tensor_files import SUFFIXES, CheckpointError, TensorFile, check_finite, read_file, some, write_file
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ OWN_TITLE = "adapter of this pack"
 MODEL_FORMAT = "tudsr-model/1"
 ADAPTER_FORMATS = ("tudsr-adapter/1", "tudsr-adapter/2")
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
+PARTS = {"unet.": "unet", "detail.": "detail", "": "vae"}  # fields of Adapter by the prefix of their keys
+MODEL_FACTS = ("vae_config", "unet_config", "stage_one_timestep", "stage_two_timestep", "stage_two_alpha", "limits")
 TIMESTEPS = scaled_linear().steps
 MAX_STEPS = 100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,6 +70,7 @@ def read_model(path: Path) -> ModelFile:
     for name in ("vae", "unet"):
         check_finite(path, parts[name].items())
     facts = _facts(path, file.metadata, "model")
+    facts.only(*MODEL_FACTS)
     alpha = float(facts.number("stage_two_alpha", least=0))
     lows = pair(path, parts["stage_two"], DOWN, UP, lambda *_: alpha)
     first, second = (
@@ -94,9 +97,10 @@ def _facts(path: Path, metadata: dict[str, str], name: str) -> Fields:
 
 
 def _limits(fields: Fields) -> StageLimits:
-    wanted = {name: fields.number(name, value) for name, value in vars(StageLimits()).items()}
+    names = vars(StageLimits())
+    fields.only(*names)
     try:
-        return StageLimits(**wanted)
+        return StageLimits(**{name: fields.number(name) for name in names})
     except ValueError as error:
         raise CheckpointError(f"{fields.where}: {error}") from error
 
@@ -165,6 +169,11 @@ def _fill_in(path: Path, adapter: Adapter, method: str | None, stage: int | None
             raise CheckpointError(f"method {method!r} is not known; use one of: {', '.join(METHODS)}")
         if adapter.method != "tudsr" or adapter.steps:
             raise CheckpointError(f"{path} is an adapter of {adapter.about.title}, not of {METHODS[method].title}")
+        if method == "omgsr" and path.is_dir() and not adapter.vae:
+            raise CheckpointError(
+                f"{path} has no {VAE_FOLDER}/, which OMGSR always saves beside {UNET_FOLDER}/ and without which its "
+                "pictures are wrong; give the folder that holds both, or get it again"
+            )
         adapter = replace(adapter, method=method)
     if stage and adapter.stage not in (None, stage):
         raise CheckpointError(f"{path} is a stage-{adapter.stage} adapter and was given as stage {stage}; swap the two")
@@ -177,8 +186,11 @@ def write_adapter(path: Path, adapter: Adapter, dtype: str | None = None) -> Non
     `dtype` (`fp32`, `bf16`, `fp16`) converts the weights; None keeps theirs.
     """
     convert: Callable[[Tensor], Tensor] = (lambda x: x.to(DTYPES[dtype])) if dtype else (lambda x: x)
-    tensors = {}
-    for part, patch in (("unet.", adapter.unet), ("", adapter.vae), ("detail.", adapter.detail)):
+    tensors, said = {}, {}
+    for part, field in PARTS.items():
+        patch = getattr(adapter, field)
+        if patch.targets:
+            said[field] = {"names": patch.targets, "within": patch.within}
         for name, low in map_updates(patch.lows, convert).items():
             tensors[f"{part}{name}{DOWN}"] = low.down
             tensors[f"{part}{name}{UP}"] = low.up
@@ -188,8 +200,9 @@ def write_adapter(path: Path, adapter: Adapter, dtype: str | None = None) -> Non
     check_finite(path, tensors.items())
     steps = {} if adapter.steps is None else {"steps": json.dumps([vars(step) for step in adapter.steps])}
     stage = {} if adapter.stage is None else {"stage": str(adapter.stage)}
+    targets = {"targets": json.dumps(said)} if said else {}
     about = {"format": ADAPTER_FORMATS[-1], "name": adapter.name, "method": adapter.method, "base": adapter.about.base}
-    write_file(path, tensors, {**about, **steps, **stage})
+    write_file(path, tensors, {**about, **steps, **stage, **targets})
 
 
 def _read_own(file: TensorFile) -> Adapter:
@@ -197,11 +210,12 @@ def _read_own(file: TensorFile) -> Adapter:
     path, metadata = file.path, file.metadata
     if metadata["format"] not in ADAPTER_FORMATS:
         raise CheckpointError(f"{path} was written by a newer version ({metadata['format']}); update this pack")
-    patches = {"unet.": WeightDelta(), "detail.": WeightDelta(), "": WeightDelta()}
+    patches = {}
     rest = dict(file.tensors)
     predictor = _take(rest, "predictor.")
     weights = _take(rest, "base.")
-    for part in patches:
+    said = _facts(path, metadata, "targets") if "targets" in metadata else None
+    for part, field in PARTS.items():
         own = _take(rest, part)
         alphas = take_alphas(path, own)
         lows = pair(path, own, DOWN, UP, lambda name, _, alphas=alphas: alphas.get(name, 0.0))
@@ -209,14 +223,20 @@ def _read_own(file: TensorFile) -> Adapter:
         strange = [name for name in lows if not part and not name.startswith(("encoder.", "quant_conv"))]
         if lost or strange:
             raise CheckpointError(f"{path} has keys that fit nothing: {some(sorted([*lost, *strange]))}")
-        patches[part] = WeightDelta(lows, _take(weights, part))
+        patches[field] = WeightDelta(lows, _take(weights, part), *_targets(said, field))
     check_finite(path, [*predictor.items(), *(item for patch in patches.values() for item in patch.weights.items())])
-    if not (patches["unet."] or predictor):
+    if not (patches["unet"] or predictor):
         raise CheckpointError(f"{path} has no UNet updates and no noise predictor; the file is damaged")
-    found = Adapter(
-        shown(metadata.get("name", path.stem)), patches["unet."], patches[""], patches["detail."], predictor
-    )
+    found = Adapter(shown(metadata.get("name", path.stem)), predictor=predictor, **patches)
     return replace(found, **_read_about(path, metadata))
+
+
+def _targets(said: Fields | None, part: str) -> tuple[tuple[str, ...], str]:
+    """Return a part's `(targets, within)` as WeightDelta takes them; files of earlier versions say none."""
+    if said is None or part not in said.values:
+        return (), ""
+    fields = said.table(part)
+    return tuple(fields.texts("names")), fields.text("within")
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -241,6 +261,7 @@ def _read_about(path: Path, metadata: dict[str, str]) -> dict:
 
 
 def _step(fields: Fields) -> OneStep:
+    fields.only("t", *"pqab")
     p, q = (fields.number(name, least=-1e4, most=1e4) for name in "pq")
     a, b = (fields.number(name, default, least=-1e4, most=1e4) for name, default in (("a", 1.0), ("b", 0.0)))
     return OneStep(fields.whole("t", most=TIMESTEPS - 1), p, q, a, b)

@@ -108,14 +108,20 @@ def _read_peft(folder: Path, read: Callable[[Path], TensorFile]) -> WeightDelta:
     config = _lora_config(read_text(folder / "adapter_config.json", CheckpointError), folder)
     names = ("adapter_model.safetensors", "adapter_model.bin")
     files = [folder / name for name in names if (folder / name).is_file()] or [folder / names[0]]
-    return WeightDelta(_peft_lows(folder, read(files[0]).tensors, config), targets=_targets(config))
+    return WeightDelta(_peft_lows(folder, read(files[0]).tensors, config), targets=_targets(folder, config))
 
 
-def _targets(config: Fields) -> tuple[str, ...]:
-    """Return the name endings of all modules that peft has updated; () where it is not a plain list of them."""
-    narrowed = any(config.values.get(key) for key in ("exclude_modules", "layers_to_transform"))
-    listed = isinstance(config.values.get("target_modules"), list)
-    return tuple(config.texts("target_modules")) if listed and not narrowed else ()
+def _targets(path: Path, config: Fields) -> tuple[str, ...]:
+    """Return the name endings of all modules that peft has updated; () and a warning where it is no plain list."""
+    narrowing = [key for key in ("exclude_modules", "layers_to_transform") if config.values.get(key)]
+    if isinstance(config.values.get("target_modules"), list) and not narrowing:
+        return tuple(config.texts("target_modules"))
+    log.warning(
+        "%s has no plain list of the modules that it changes (its %s), so it cannot be checked that none is lacking",
+        path,
+        " and ".join(narrowing) or f"target_modules is {shown(config.values.get('target_modules'))}",
+    )
+    return ()
 
 
 def _lora_config(text: str, path: Path) -> Fields:
@@ -155,7 +161,9 @@ def _check_ranks(path: Path, lows: dict[str, LoRAWeights], fields: Fields, name:
 
 
 def _read_peft_file(file: TensorFile) -> Adapter:
-    return Adapter(file.path.stem, WeightDelta(_peft_lows(file.path, file.tensors, _peft_config(file))))
+    config = _peft_config(file)
+    targets = _targets(file.path, config) if config.values else ()
+    return Adapter(file.path.stem, WeightDelta(_peft_lows(file.path, file.tensors, config), targets=targets))
 
 
 def _peft_config(file: TensorFile) -> Fields:
