@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tudsr_core.weights.download import DownloadError, download
+from tudsr_core.weights.download import DownloadError, download_file
 from tudsr_core.weights.known_files import KNOWN_FILES, known_file, where_to_get
 
 ROOT = Path(__file__).parent.parent
@@ -90,19 +90,19 @@ def server(monkeypatch):
 @pytest.mark.parametrize("digest", [SHA, GIT, None])
 def test_a_file_arrives_whole_under_its_own_name(server, tmp_path, digest):
     seen = []
-    found = download(server, tmp_path / "models" / "x.bin", digest, lambda done, total: seen.append((done, total)))
+    found = download_file(server, tmp_path / "models" / "x.bin", digest, lambda done, total: seen.append((done, total)))
     assert found == (digest or SHA)
     assert (tmp_path / "models" / "x.bin").read_bytes() == CONTENT
     assert os.listdir(tmp_path / "models") == ["x.bin"]
     assert seen[-1] == (len(CONTENT), len(CONTENT)) and len(seen) >= 3
     with pytest.raises(FileExistsError):
-        download(server, tmp_path / "models" / "x.bin")
+        download_file(server, tmp_path / "models" / "x.bin")
 
 
 def cut(server, path, monkeypatch, after=1_200_000):
     monkeypatch.setattr(Server, "cut_after", after)
     with pytest.raises(DownloadError, match="run the same command to go on"):
-        download(server, path, SHA)
+        download_file(server, path, SHA)
     assert not path.exists() and 0 < path.with_name("x.bin.part").stat().st_size <= after
     monkeypatch.setattr(Server, "cut_after", None)
 
@@ -110,7 +110,7 @@ def cut(server, path, monkeypatch, after=1_200_000):
 def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path, monkeypatch):
     cut(server, tmp_path / "x.bin", monkeypatch)
     have = (tmp_path / "x.bin.part").stat().st_size
-    download(server, tmp_path / "x.bin", SHA)
+    download_file(server, tmp_path / "x.bin", SHA)
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
     assert Server.asked == [None, f"bytes={have}-"]
 
@@ -120,36 +120,36 @@ def test_a_server_without_ranges_or_with_a_new_file_starts_over(server, tmp_path
         path = tmp_path / name / "x.bin"
         cut(server, path, monkeypatch)
         monkeypatch.setattr(Server, name, value)
-        download(server, path, SHA)
+        download_file(server, path, SHA)
         assert path.read_bytes() == CONTENT
 
 
 def test_a_part_that_is_already_whole_is_not_fetched_twice_wrongly(server, tmp_path):
     (tmp_path / "x.bin.part").write_bytes(CONTENT + b"more")
     (tmp_path / "x.bin.part.etag").write_text('"v1"', encoding="utf-8")
-    download(server, tmp_path / "x.bin", SHA)
+    download_file(server, tmp_path / "x.bin", SHA)
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
 
 
 def test_a_wrong_digest_keeps_nothing(server, tmp_path, monkeypatch):
     with pytest.raises(DownloadError, match="expected was sha256:0000"):
-        download(server, tmp_path / "x.bin", "sha256:" + "0" * 64)
+        download_file(server, tmp_path / "x.bin", "sha256:" + "0" * 64)
     assert os.listdir(tmp_path) == []
     monkeypatch.setattr(Server, "linked", "f" * 64)
     with pytest.raises(DownloadError, match="expected was sha256:ffff"):
-        download(server, tmp_path / "x.bin")
+        download_file(server, tmp_path / "x.bin")
     monkeypatch.setattr(Server, "linked", SHA.removeprefix("sha256:"))
-    assert download(server, tmp_path / "x.bin") == SHA
+    assert download_file(server, tmp_path / "x.bin") == SHA
 
 
 def test_refusals_and_web_pages_are_named(server, tmp_path, monkeypatch):
     with pytest.raises(DownloadError, match="refused .404"):
-        download(server.replace("file.bin", "missing"), tmp_path / "x.bin", SHA)
+        download_file(server.replace("file.bin", "missing"), tmp_path / "x.bin", SHA)
     with pytest.raises(DownloadError, match="cut off"):
-        download("http://127.0.0.1:9/x", tmp_path / "x.bin", SHA)
+        download_file("http://127.0.0.1:9/x", tmp_path / "x.bin", SHA)
     monkeypatch.setattr(Server, "kind", "text/html; charset=utf-8")
     with pytest.raises(DownloadError, match="is a web page"):
-        download(server, tmp_path / "x.bin", SHA)
+        download_file(server, tmp_path / "x.bin", SHA)
     assert os.listdir(tmp_path) == []
 
 
@@ -158,9 +158,9 @@ def test_cancelling_keeps_the_part(server, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        download(server, tmp_path / "x.bin", SHA, stop)
+        download_file(server, tmp_path / "x.bin", SHA, stop)
     assert not (tmp_path / "x.bin").exists() and (tmp_path / "x.bin.part").exists()
-    download(server, tmp_path / "x.bin", SHA)
+    download_file(server, tmp_path / "x.bin", SHA)
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
 
 
@@ -171,7 +171,7 @@ def test_a_continuation_from_elsewhere_starts_over(server, tmp_path, monkeypatch
     cut(server, tmp_path / "x.bin", monkeypatch)
     have = (tmp_path / "x.bin.part").stat().st_size
     monkeypatch.setattr(Server, "place", place.format(have=have))
-    assert download(server, tmp_path / "x.bin") == SHA
+    assert download_file(server, tmp_path / "x.bin") == SHA
     assert Server.asked == [None, f"bytes={have}-", None]
 
 
@@ -187,14 +187,14 @@ def test_a_continuation_of_another_file_starts_over(server, tmp_path, monkeypatc
         __hash__ = str.__hash__
 
     monkeypatch.setattr(Server, "etag", Other('"v2"'))
-    assert download(server, tmp_path / "x.bin") == SHA
+    assert download_file(server, tmp_path / "x.bin") == SHA
     assert Server.asked[-1] is None and len(Server.asked) == 3
 
 
 def test_a_part_that_nobody_asked_for_is_refused(server, tmp_path, monkeypatch):
     monkeypatch.setattr(Server, "place", "unasked")
     with pytest.raises(DownloadError, match="that was not asked for"):
-        download(server, tmp_path / "x.bin")
+        download_file(server, tmp_path / "x.bin")
     assert os.listdir(tmp_path) == []
 
 
@@ -202,12 +202,12 @@ def test_a_part_that_nobody_asked_for_is_refused(server, tmp_path, monkeypatch):
 def test_empty_and_endless_answers_are_refused(server, tmp_path, monkeypatch, length):
     monkeypatch.setattr(Server, "length", length)
     with pytest.raises(DownloadError, match="more than the 1,000,000 bytes that this file can have"):
-        download(server, tmp_path / "x.bin", largest=1_000_000)
+        download_file(server, tmp_path / "x.bin", largest=1_000_000)
     assert os.listdir(tmp_path) == []
-    assert download(server, tmp_path / "x.bin", largest=3_000_000) == SHA
+    assert download_file(server, tmp_path / "x.bin", largest=3_000_000) == SHA
     monkeypatch.setattr(Server, "content", b"")
     with pytest.raises(DownloadError, match="is empty .0 bytes"):
-        download(server, tmp_path / "y.bin")
+        download_file(server, tmp_path / "y.bin")
     assert os.listdir(tmp_path) == ["x.bin"]
 
 
@@ -215,12 +215,12 @@ def test_only_web_addresses_are_followed(server, tmp_path, monkeypatch):
     (tmp_path / "secret").write_bytes(b"secret")
     for place in (f"file://{tmp_path}/secret", "ftp://127.0.0.1:9/x", "data:,x"):
         with pytest.raises(DownloadError, match="only http and https are fetched"):
-            download(place, tmp_path / "x.bin", SHA)
+            download_file(place, tmp_path / "x.bin", SHA)
         monkeypatch.setattr(Server, "to", place)
         with pytest.raises(DownloadError, match="only http and https are fetched|is not allowed"):
-            download(server, tmp_path / "x.bin", SHA)
+            download_file(server, tmp_path / "x.bin", SHA)
     monkeypatch.setattr(Server, "to", server.replace("file.bin", "other.bin"))
-    assert download(server, tmp_path / "x.bin", SHA) == SHA
+    assert download_file(server, tmp_path / "x.bin", SHA) == SHA
     assert sorted(os.listdir(tmp_path)) == ["secret", "x.bin"]
 
 
@@ -235,10 +235,10 @@ def test_links_and_pipes_in_the_parts_place_are_not_written_to(server, tmp_path,
     ):
         make(tmp_path / name)
         with pytest.raises(DownloadError, match="is a link, a folder"):
-            download(server, tmp_path / "x.bin", SHA)
+            download_file(server, tmp_path / "x.bin", SHA)
         assert not victim.exists() or victim.read_bytes() == b"mine"
         (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
-    assert download(server, tmp_path / "x.bin", SHA) == SHA
+    assert download_file(server, tmp_path / "x.bin", SHA) == SHA
 
 
 def test_two_at_once_do_not_write_to_one_part(server, tmp_path):
@@ -247,11 +247,11 @@ def test_two_at_once_do_not_write_to_one_part(server, tmp_path):
     def tick(done, total):
         if not second:
             script = "import sys, pathlib; from tudsr_core.download import download"
-            script += "; download(sys.argv[1], pathlib.Path(sys.argv[2]))"
+            script += "; download_file(sys.argv[1], pathlib.Path(sys.argv[2]))"
             command = [sys.executable, "-c", script, server, str(tmp_path / "x.bin")]
             second.append(subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT).stderr)
 
-    assert download(server, tmp_path / "x.bin", SHA, tick) == SHA
+    assert download_file(server, tmp_path / "x.bin", SHA, tick) == SHA
     assert "is being fetched by another process" in second[0]
     assert os.listdir(tmp_path) == ["x.bin"] and (tmp_path / "x.bin").read_bytes() == CONTENT
 
@@ -259,7 +259,7 @@ def test_two_at_once_do_not_write_to_one_part(server, tmp_path):
 def test_what_a_server_says_is_printed_escaped(server, tmp_path, monkeypatch):
     monkeypatch.setattr(Server, "reason", "\x1b[2J")
     with pytest.raises(DownloadError) as caught:
-        download(server.replace("file.bin", "missing"), tmp_path / "x.bin", SHA)
+        download_file(server.replace("file.bin", "missing"), tmp_path / "x.bin", SHA)
     assert str(caught.value).isprintable() and r"\x1b[2J" in str(caught.value)
 
 

@@ -1,6 +1,10 @@
 """The layout's rules: who may import whom, and what must stay equal."""
 
 import ast
+import graphlib
+import importlib
+import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -9,51 +13,29 @@ ROOT = Path(__file__).parent.parent
 OURS = ("tudsr_core", "nodes", "tests", "bench", "workflows")
 CORE = ROOT / "tudsr_core"
 
-# A module may import only from ranks below its own.
-RANKS = [
-    {"untrusted", "missing", "image", "schedule", "known_files", "vae_graph", "vae_planes", "vae_reach"},
-    {"download", "files", "pickles", "tiles", "vae_layers"},
-    {"metadata", "methods", "raster"},
-    {
-        "color",
-        "metrics",
-        "stage_tiles",
-        "prompts",
-        "vae_stream",
-        "filter_bank",
-        "models.swin",
-        "tensor_files",
-        "models.unet_blocks",
-        "png",
-        "tiff",
-    },
-    {
-        "adapters",
-        "edits",
-        "networks",
-        "plan",
-        "models.embedded_config",
-        "models.fill",
-        "models.ram",
-        "prompters",
-        "vae_tiling",
-        "sweep",
-    },
-    {"captions", "formats", "models.dape", "models.embedded", "models.invsr", "reading", "writing"},
-    {"checkpoints", "pipeline", "sd21"},
-    {"sampling"},
-    {"zoom"},
-    {"batch"},
-    {"local"},
-    {"inspection"},
-    {"training.data", "training.degradations", "training.identity"},
-    {"evaluation", "training.embedded", "training.bank"},
-    {"console"},
-    {"cli_files", "cli_zoom"},
-    {"cli"},
-    {"__main__"},
-]
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+# What each room may import from, itself aside; a room knows only rooms above it. `untrusted`, `missing`,
+# `atomic`, `batch` and `_lazy` are rooms of one file.
+ROOMS = {
+    "_lazy": "",
+    "missing": "",
+    "untrusted": "",
+    "atomic": "",
+    "assets": "",
+    "diffusion": "",
+    "tiling": "",
+    "vae": "",
+    "pictures": "untrusted missing atomic",
+    "prompts": "untrusted assets pictures tiling",
+    "methods": "untrusted atomic pictures tiling diffusion prompts",
+    "weights": "untrusted atomic assets diffusion methods",
+    "models": "untrusted weights",
+    "backends": "untrusted tiling diffusion vae methods weights models",
+    "batch": "pictures methods",
+    "evaluation": "assets pictures methods",
+    "training": "atomic pictures diffusion methods weights models evaluation",
+    "cli": "untrusted missing pictures diffusion prompts methods weights models backends batch evaluation training",
+    "__main__": "missing cli",
+}
 ONLY_INSIDE_FUNCTIONS = {
     "diffusers",
     "peft",
@@ -68,30 +50,84 @@ ONLY_INSIDE_FUNCTIONS = {
 
 
 def modules():
-    return sorted(path for path in CORE.rglob("*.py") if path.name != "__init__.py")
+    return sorted(path for path in CORE.rglob("*.py") if path != CORE / "__init__.py")
 
 
 def name_of(path):
-    return ".".join(path.relative_to(CORE).with_suffix("").parts)
+    return ".".join(path.relative_to(CORE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def own_imports(path):
-    """Names of our modules that `path` imports, relative imports resolved."""
-    package = ("tudsr_core", *path.relative_to(CORE).parts[:-1])
+def own_imports(path, root):
+    """Yield `(dotted module, names)` of every relative import in `path`, the module relative to `root`."""
+    package = path.relative_to(root).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
-            inside = ".".join([*base[1:], *filter(None, [node.module])])
-            yield from ([inside] if inside in RANK else [f"{inside}.{alias.name}".lstrip(".") for alias in node.names])
+            yield ".".join([*base, *filter(None, [node.module])]), [alias.name for alias in node.names]
+
+
+def test_a_room_knows_only_rooms_above_it():
+    seen = set()
+    for room, known in ROOMS.items():
+        assert set(known.split()) <= seen, f"{room} is listed before what it uses"
+        seen.add(room)
+    assert {name_of(path).partition(".")[0] for path in modules()} == seen, "give the new room its row"
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_imports_only_go_down(path):
-    assert name_of(path) in RANK, "give the new module a rank"
-    for imported in own_imports(path):
-        if imported.rpartition(".")[2].startswith("__"):
-            continue
-        assert RANK[imported] < RANK[name_of(path)], f"{name_of(path)} must not import {imported}"
+def test_imports_between_rooms_go_one_way_and_through_public_names(path):
+    own = name_of(path).partition(".")[0]
+    for module, names in own_imports(path, CORE):
+        room, _, inside = module.partition(".")
+        if not room:
+            assert set(names) == {"__version__"}, f"{names} must be imported from a room"
+        elif room != own:
+            assert room == "_lazy" or room in ROOMS[own].split(), f"{own} must not know {room}"
+            assert not inside, f"import {names} from the room: from ..{room} import ..."
+            if (CORE / room).is_dir() and room != "assets":
+                public = importlib.import_module(f"tudsr_core.{room}").__all__
+                assert set(names) <= set(public), f"{set(names) - set(public)} is not public in {room}"
+
+
+def test_arrows_inside_a_room_go_one_way():
+    graph = {}
+    for path in modules():
+        needs = graph.setdefault(name_of(path), set())
+        for module, names in own_imports(path, CORE):
+            named = {module, *(f"{module}.{name}" for name in names)}
+            needs |= {name for name in named if (CORE / name.replace(".", "/")).with_suffix(".py").exists()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if (CORE / room).is_dir()])
+def test_a_room_says_what_it_owns_and_must_not_know_and_has_what_it_names(room):
+    package = importlib.import_module(f"tudsr_core.{room}")
+    if room == "assets":
+        return
+    assert len(package.__doc__.strip().splitlines()[0]) > 20 and "Must not know:" in package.__doc__
+    for name in getattr(package, "__all__", ()):
+        assert not name.startswith("_") and getattr(package, name) is not None
+        assert not (CORE / room / f"{name}.py").exists(), f"{room}.{name} is a module too"
+
+
+def test_what_talks_to_comfyuis_internals_knows_no_node():
+    for path in sorted((ROOT / "nodes" / "host").glob("*.py")):
+        for module, _ in own_imports(path, ROOT):
+            assert module.startswith(("nodes.host", "tudsr_core")), f"{path.name} must not import {module}"
+
+
+def body_lines(function):
+    """Lines of a function without its signature and docstring."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("folder", ["tudsr_core", "nodes"])
+def test_functions_stay_short(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert body_lines(node) <= 40, f"{path.relative_to(ROOT)}: {node.name} has {body_lines(node)} lines"
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
@@ -148,3 +184,22 @@ def test_every_text_file_names_its_encoding(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
         for call in text_files_without_encoding(ast.parse(path.read_text("utf-8"))):
             pytest.fail(f'{path.relative_to(ROOT)}:{call.lineno} opens text without encoding="utf-8"')
+
+
+def test_the_drawing_shows_the_rooms_as_they_are():
+    spec = importlib.util.spec_from_file_location("draw_house", ROOT / "docs" / "draw_house.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.DRAWING.read_text("utf-8") == module.draw(module.arrows()), "run: python docs/draw_house.py"
+
+
+def test_the_design_names_files_that_exist():
+    text = (ROOT / "docs" / "design.md").read_text("utf-8")
+    for line in text.splitlines():
+        if not (line.startswith("|") and "`" in line and ".py" in line) or line.startswith("| system"):
+            continue
+        folder = ""
+        for name in re.findall(r"`([\w/]+\.(?:py|js|json|toml|txt))`", line):
+            places = [ROOT, CORE, ROOT / "tests", ROOT / "nodes", CORE / folder, ROOT / folder]
+            assert any((place / name).is_file() for place in places), f"{name} in: {line}"
+            folder = name.rpartition("/")[0] or folder

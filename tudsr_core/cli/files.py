@@ -71,8 +71,7 @@ def download(
     to: Annotated[Path, typer.Option(**PATH, help="ComfyUI's models folder, or any other.")] = Path("models"),
 ) -> None:
     """Fetch one known weight file, checked and resumable, into the right folder; or list them."""
-    from ..weights import KNOWN_FILES, known_file
-    from ..weights import download as fetch
+    from ..weights import KNOWN_FILES, download_file, known_file
 
     if name is None:
         table = Table(box=None)
@@ -94,5 +93,7 @@ def download(
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(known.name, total=None)
-        digest = fetch(known.url, path, known.digest, lambda done, total: bar.update(task, completed=done, total=total))
+        digest = download_file(
+            known.url, path, known.digest, lambda done, total: bar.update(task, completed=done, total=total)
+        )
     out.print(f"{path} ({digest})", markup=False)

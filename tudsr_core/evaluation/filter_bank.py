@@ -73,7 +73,7 @@ def _patches(gray: Tensor) -> Tensor:
     return F.unfold(F.pad(gray, (half,) * 4, mode="replicate"), SIDE)
 
 
-def fit(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = 1e-3) -> Tensor:
+def fit_bank(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = 1e-3) -> Tensor:
     """Return the bank `CLASSES x SIDE^2` that minimises squared luma error over `(small, sharp)` pairs.
 
     Solves (A'A + ridge n I) w = A'b per class, pulled towards the identity filter so that rare

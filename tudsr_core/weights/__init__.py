@@ -10,7 +10,7 @@ __all__, __getattr__ = public_names(
     adapters="Adapter LoRAMerger LoRAWeights WeightDelta",
     checkpoints="DTYPES MODEL_FORMAT ModelFile OWN_TITLE embedded_path "
     "identify read_adapter read_model write_adapter write_model",
-    download="download",
+    download="download_file",
     formats="PEFT_PREFIX",
     known_files="KNOWN_FILES known_file where_to_get",
     tensor_files="CheckpointError SUFFIXES TensorFile check_finite open_safetensors read_file some stream write_file",

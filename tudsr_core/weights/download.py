@@ -35,14 +35,16 @@ AGENT = f"comfyui-tudsr/{__version__}"
 LARGEST = 2**34  # bytes; the largest known file has 5 GB
 STRONG_TAG = re.compile(rb'"[\x21\x23-\x7e]{1,200}"')
 
-Tick = Callable[[int, int | None], None]
+DownloadProgress = Callable[[int, int | None], None]
 
 
 class DownloadError(UntrustedError):
     """A file that could not be fetched; the message names it, says why and what to do."""
 
 
-def download(url: str, path: Path, digest: str | None = None, tick: Tick | None = None, largest: int = LARGEST) -> str:
+def download_file(
+    url: str, path: Path, digest: str | None = None, tick: DownloadProgress | None = None, largest: int = LARGEST
+) -> str:
     """Fetch `url` to `path`, return its digest, `sha256:<hex>` unless another kind was asked for.
 
     What arrives is kept in `<name>.part`, from which a later call goes on; it is renamed only when it
@@ -147,7 +149,7 @@ def _stated_digest(url: str) -> str | None:
     return f"sha256:{found[1]}" if found else None
 
 
-def _fetch(url: str, part: Path, tag: BinaryIO, tick: Tick, largest: int) -> None:
+def _fetch(url: str, part: Path, tag: BinaryIO, tick: DownloadProgress, largest: int) -> None:
     """Fetch what is missing of `part`; `tag` holds the ETag of what is there."""
     etag = tag.read()
     have = 0
@@ -225,7 +227,7 @@ def _remember(tag: BinaryIO, etag: str) -> None:
 
 
 def _receive(
-    answer: http.client.HTTPResponse, file: BinaryIO, have: int, total: int | None, tick: Tick, largest: int
+    answer: http.client.HTTPResponse, file: BinaryIO, have: int, total: int | None, tick: DownloadProgress, largest: int
 ) -> int:
     """Write what comes; returns the size, which is above `largest` if there was more than that."""
     while have <= largest and (chunk := answer.read(CHUNK)):
