@@ -221,6 +221,8 @@ def test_evaluations_are_counted_for_each_stage():
 def test_sizes_between_stages_are_rounded_not_cut():
     plan = plan_for(identity_model(), (33, 50), Target(width=275), PLAIN)
     assert [stage.size for stage in plan.stages] == [(91, 138), (182, 275)]
+    plan = plan_for(model_of("omgsr"), (44, 60), Target(width=202), PLAIN)
+    assert (plan.start, plan.stages[-1].size) == ((152, 207), (512, 697)), "152 x 3.3667 = 511.7, 207 x 3.3667 = 696.9"
 
 
 def test_the_command_line_switches_it(monkeypatch, tmp_path):
