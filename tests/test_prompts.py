@@ -32,6 +32,7 @@ def test_a_prompt_is_prefix_description_suffix_without_repetition():
     assert style.compose("dog, Grass, dog, Clean") == "photo, dog, Grass, clean, 8k"
     assert style.compose("") == "photo, clean, 8k"
     assert Style("", "", "").compose("a\nb,, c ") == "a, b, c"
+    assert Style("", "sharp, Clean", "").compose("clean, dog") == "dog, sharp, Clean", "whatever its case"
 
 
 def test_the_budget_shortens_the_description_and_never_the_quality_words():
