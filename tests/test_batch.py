@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from tudsr_core.batch import Job, OpenJob, plan_jobs
+from tudsr_core.batch import Job, OpenJob, Output, open_job, plan_jobs
 from tudsr_core.cli import console
 from tudsr_core.pictures.files import Picture, PictureError
 
@@ -157,3 +157,10 @@ def test_names_and_messages_cannot_command_the_terminal(tmp_path, printed):
     said = printed("out") + printed("err")
     assert "\\x1b[31m" in said and "[red].png" in said
     assert all(line.isprintable() for line in said.splitlines())
+
+
+def test_what_is_written_beside_a_picture_is_not_replaced_either(folder, tmp_path):
+    beside = tmp_path / "a.prompts.json"
+    beside.touch()
+    with pytest.raises(PictureError, match=r"a\.prompts\.json already exists"):
+        open_job(Job(folder / "a.jpg", tmp_path / "a.png", (beside,)), None, None, Output())

@@ -43,6 +43,14 @@ def test_adain_gives_the_moments_of_the_source(noise):
     assert torch.allclose(out.std((2, 3)), wanted, atol=1e-6)
 
 
+def test_adain_divides_by_one_less_than_the_pixels():
+    """Two pixels, whose variance is then (a - b)^2 / 2; beside the 1e-5 in the root it shows which one is taken."""
+    image, source = (torch.tensor([0.5, 0.5 + step]).expand(1, 3, 1, 2) for step in (0.004, 0.02))
+    ratio = ((0.02**2 / 2 + 1e-5) / (0.004**2 / 2 + 1e-5)) ** 0.5
+    wanted = torch.tensor([0.51 - 0.002 * ratio, 0.51 + 0.002 * ratio])
+    assert (adain(image, source) - wanted).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("method", ["adain", "wavelet", "none"])
 def test_a_picture_matched_to_itself_stays(method, noise):
     for size in ((33, 21), (1, 1), (1, 40)):

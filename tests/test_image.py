@@ -42,13 +42,6 @@ def test_padding_mirrors_again_and_again_and_repeats_single_pixels():
     assert torch.equal(padded[0, 0, 1:], padded[0, 0, :1].expand(7, 8))
 
 
-def test_crop_with_scale_takes_the_scaled_padding_off(noise):
-    image = noise(1, 3, 5, 6)
-    padded, padding = pad_to_multiple(image, 8)
-    doubled = padded.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    assert torch.equal(padding.crop(doubled, 2), image.repeat_interleave(2, -1).repeat_interleave(2, -2))
-
-
 def test_alpha_splits_and_joins_without_loss(noise):
     image = noise(2, 4, 9, 7) * 0.9 + 0.05
     assert torch.equal(join_alpha(*split_alpha(image)), image)

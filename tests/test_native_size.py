@@ -180,6 +180,30 @@ def test_invsr_pads_each_axis_by_its_own_length():
     assert torch.equal(predictor.seen[0][..., :129, :], image)
 
 
+def test_invsrs_predictor_sees_pixels_from_0_to_1():
+    """At x3 they are made by bicubic, which overshoots at a hard edge."""
+    image, predictor = torch.zeros(1, 3, 200, 200), Predictor()
+    image[..., 100:] = 1
+    upscale(image, invsr(predictor), Target(scale=3), PLAIN)
+    assert predictor.seen[0].shape[-1] < 200
+    assert all(seen.min() >= 0 and seen.max() <= 1 for seen in predictor.seen)
+
+
+def test_invsrs_noise_is_the_mean_plus_the_deviation_times_that_of_the_seed():
+    class Half(Predictor):
+        def __call__(self, pixels, t):
+            mean, deviation = super().__call__(pixels, t)
+            return mean, deviation * pixels[:, 1:2, ::2, ::2] / 2
+
+    image, step = torch.rand(1, 3, 128, 128), METHODS["invsr"].steps()[0]
+    made = upscale(image, invsr(Half()), Target(scale=4), replace(PLAIN, seed=7, tile_px=512))
+    z = torch.nn.functional.pixel_unshuffle(resize(image, (512, 512)).clamp(0, 1), 8)
+    drawn = torch.randn(z.shape, generator=torch.Generator().manual_seed(7))
+    noise = image[:, :1, ::2, ::2] + image[:, 1:2, ::2, ::2] / 2 * drawn
+    wanted = torch.nn.functional.pixel_shuffle(step.p * (step.a * z + step.b * noise), 8).clamp(0, 1)
+    assert (made - wanted).abs().max() < 1e-5
+
+
 def test_every_picture_of_a_batch_has_a_seed_of_its_own():
     image, model = torch.rand(1, 3, 128, 128), invsr(Predictor())
     two = upscale(image.expand(2, -1, -1, -1), model, Target(scale=4), PLAIN)
@@ -197,6 +221,8 @@ def test_evaluations_are_counted_for_each_stage():
 def test_sizes_between_stages_are_rounded_not_cut():
     plan = plan_for(identity_model(), (33, 50), Target(width=275), PLAIN)
     assert [stage.size for stage in plan.stages] == [(91, 138), (182, 275)]
+    plan = plan_for(model_of("omgsr"), (44, 60), Target(width=202), PLAIN)
+    assert (plan.start, plan.stages[-1].size) == ((152, 207), (512, 697)), "152 x 3.3667 = 511.7, 207 x 3.3667 = 696.9"
 
 
 def test_the_command_line_switches_it(monkeypatch, tmp_path):

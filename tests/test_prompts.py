@@ -32,6 +32,7 @@ def test_a_prompt_is_prefix_description_suffix_without_repetition():
     assert style.compose("dog, Grass, dog, Clean") == "photo, dog, Grass, clean, 8k"
     assert style.compose("") == "photo, clean, 8k"
     assert Style("", "", "").compose("a\nb,, c ") == "a, b, c"
+    assert Style("", "sharp, Clean", "").compose("clean, dog") == "dog, sharp, Clean", "whatever its case"
 
 
 def test_the_budget_shortens_the_description_and_never_the_quality_words():
@@ -130,19 +131,11 @@ def test_upstreams_grid(height, width, count):
 
 
 def test_another_grids_tiles_find_the_prompt_of_their_place():
-    prompts = prompts_for(plan_tiles(256, 256, 64, 0))
+    described = plan_tiles(256, 256, 64, 0)
     finer = plan_tiles(512, 512, 64, 0)  # the second stage: twice the size, quarters of each tile
     for tile in finer:
         row, column = tile.top // 128, tile.left // 128
-        assert prompts.at(tile, finer) == row * 4 + column
-
-
-def test_conditions_are_encoded_once_per_text():
-    plan = plan_tiles(128, 128, 64, 0)
-    prompts = TilePrompts(plan, tuple(map(TilePrompt, ("dog", "sky", "dog", "sky"))), Style("", "8k", ""))
-    calls = []
-    assert prompts.conditions(plan, lambda text: calls.append(text) or text.upper()) == ["DOG, 8K", "SKY, 8K"] * 2
-    assert calls == ["dog, 8k", "sky, 8k"]
+        assert described.nearest(tile, finer) == row * 4 + column
 
 
 def test_the_pictures_mark_survives_resizing_and_tells_pictures_apart():

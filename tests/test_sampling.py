@@ -136,6 +136,14 @@ def test_timesteps_are_sd2s():
         assert chain[-1] == 1 and chain[0] > 1000 - 1000 / count - 1
 
 
+def test_eta_is_the_share_of_the_noise():
+    """DDIM eq. 16: sigma is proportional to eta; what noise does not fill, z keeps (eq. 12)."""
+    for half, whole in zip(plan_steps(10, 0.5), plan_steps(10, 1.0), strict=True):
+        assert half.std == pytest.approx(whole.std / 2)
+        kept = [step.from_z**2 * (1 - step.abar) + step.std**2 for step in (half, whole)]
+        assert kept[0] == pytest.approx(kept[1])
+
+
 def test_the_last_step_returns_x0():
     last = plan_steps(50)[-1]
     assert (last.t, last.from_z, last.from_x0, last.std) == (1, 0.0, 1.0, 0.0)

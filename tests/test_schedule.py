@@ -4,7 +4,7 @@ from diffusers import DDPMScheduler
 
 from tudsr_core.diffusion.one_step import euler, from_noise_level, residual
 from tudsr_core.diffusion.schedule import comfy_start_scale, scaled_linear
-from tudsr_core.methods.published import METHODS, method_named
+from tudsr_core.methods.published import METHODS
 
 # t: (abar, sqrt(abar), sqrt(1 - abar), sigma), six digits, independent of this code.
 TABLE = {
@@ -121,8 +121,6 @@ def test_the_methods_have_their_published_timesteps():
             METHODS[name].steps(timestep=50)
     with pytest.raises(ValueError, match="cannot run in 6 steps"):
         METHODS["invsr"].steps(count=6)
-    with pytest.raises(ValueError, match="omgsr, osediff"):
-        method_named("sinsr")
 
 
 def test_missing_noise_and_wrong_timesteps_are_refused(noise):

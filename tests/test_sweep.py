@@ -75,3 +75,17 @@ def test_no_smaller_tile_is_a_clear_error():
         tiled_run.blend(fail, lambda error: True)
     with pytest.raises(torch.OutOfMemoryError):
         TiledRun(plan_tiles(64, 64, 32, 8)).blend(fail, lambda error: False)
+
+
+def test_tiles_shrink_to_eight_units_and_overlap_by_at_most_half_a_side():
+    """Eight units is where it ends; an overlap near the side would take many times the tiles."""
+    seen = []
+
+    def fail(canvas):
+        seen.append((canvas.plan.tile_height, canvas.plan.overlap))
+        raise torch.OutOfMemoryError("simulated")
+
+    tiled_run = TiledRun(plan_tiles(128, 128, 64, 48, multiple=2), unit=2)
+    with pytest.raises(MemoryError, match="tiles of 128 px"):
+        tiled_run.blend(fail, lambda error: True)
+    assert seen == [(64, 48), (32, 16), (16, 8)]

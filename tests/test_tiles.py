@@ -45,13 +45,6 @@ def test_2048_pixels_take_25_tiles_of_64_latents():
     assert len(plan_tiles(256, 256, 64, 16)) == 25
 
 
-def test_borders_are_where_tiles_begin_and_end_inside_the_picture():
-    plan = plan_tiles(10, 7, 4, 1)
-    assert (plan.tops, plan.lefts) == ((0, 3, 6), (0, 3))
-    assert plan.borders() == ([3, 4, 6, 7], [3, 4])
-    assert plan.borders(8) == ([24, 32, 48, 56], [24, 32])
-
-
 def published_loop(length, tile, overlap):
     """The published grid, written as its counting loop."""
     stride, count = tile - overlap, 0

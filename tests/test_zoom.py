@@ -114,12 +114,13 @@ def test_the_seed_decides(noise):
 
     image = noise(1, 3, 16, 24)
 
-    def run(seed):
+    def run(seed, count=1):
         plan = plan_zoom((16, 24), Target(scale=4), KnowingNetworks.facts, options(seed=seed))
-        return zoom(image, Rough(), plan, [("a", "b")] * len(plan.tiles))
+        return zoom(image.expand(count, -1, -1, -1), Rough(), plan, [("a", "b")] * len(plan.tiles))
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+    assert torch.equal(run(1, 2), torch.cat([run(1), run(2)])), "the next picture has the next seed"
 
 
 @pytest.mark.parametrize("fail_at", [1, 5, 20])

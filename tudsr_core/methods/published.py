@@ -94,10 +94,3 @@ METHODS: dict[str, Method] = {
         pads_small=True,
     ),
 }
-
-
-def method_named(name: str) -> Method:
-    """Return the row of METHODS; raises ValueError that lists the known names."""
-    if name not in METHODS:
-        raise ValueError(f"method {name!r} is not known; use one of: {', '.join(METHODS)}")
-    return METHODS[name]

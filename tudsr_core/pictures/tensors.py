@@ -45,14 +45,10 @@ class Padding:
     right: int
     bottom: int
 
-    def crop(self, image: Tensor, scale: int = 1) -> Tensor:
-        """Cut this padding off `B C H W`; `scale` > 1 when the image was enlarged in between."""
+    def crop(self, image: Tensor) -> Tensor:
+        """Cut this padding off `B C H W`."""
         height, width = image.shape[-2:]
-        return image[
-            ...,
-            self.top * scale : height - self.bottom * scale,
-            self.left * scale : width - self.right * scale,
-        ]
+        return image[..., self.top : height - self.bottom, self.left : width - self.right]
 
 
 def pad_to_multiple(image: Tensor, multiple: int, minimum: int = 0) -> tuple[Tensor, Padding]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..pictures import luma
-from ..tiling import Tile, TilePlan
+from ..tiling import TilePlan
 from ..untrusted import check_text
 
 TOKENS = 75  # CLIP's 77 less start and end
@@ -122,20 +122,6 @@ class TilePrompts:
     def positive(self, index: int, fits: Fits | None = None) -> str:
         """Return the whole prompt of tile `index`."""
         return self.style.compose(self.prompts[index].text, fits)
-
-    def at(self, tile: Tile, plan: TilePlan) -> int:
-        """Return the index of the prompt for `tile` of any other `plan` of the same picture.
-
-        Tiles that were moved, halved or cut for another stage get the prompt of the planned tile
-        with which they share most.
-        """
-        return self.plan.nearest(tile, plan)
-
-    def conditions(self, plan: TilePlan, encode: Callable[[str], object]) -> list[object]:
-        """Return `encode(prompt)` for each tile of `plan`; equal prompts are encoded once."""
-        known: dict[str, object] = {}
-        texts = [self.positive(self.at(tile, plan)) for tile in plan]
-        return [known[text] if text in known else known.setdefault(text, encode(text)) for text in texts]
 
     def with_texts(self, texts: Sequence[str]) -> TilePrompts:
         """Return the same tiles with other descriptions; unchanged ones keep their scores."""

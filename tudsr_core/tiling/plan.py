@@ -82,14 +82,6 @@ class TilePlan:
         for start in range(0, len(tiles), size):
             yield tiles[start : start + size]
 
-    def borders(self, scale: int = 1) -> tuple[list[int], list[int]]:
-        """Return the rows and columns, `scale` pixels per unit, where a tile begins or ends inside the picture."""
-        sides = (self.tops, self.tile_height, self.height), (self.lefts, self.tile_width, self.width)
-        return tuple(
-            sorted({edge * scale for start in starts for edge in (start, start + side) if 0 < edge < length})
-            for starts, side, length in sides
-        )
-
 
 def plan_tiles(
     height: int,

@@ -99,10 +99,6 @@ class WeightDelta:
             lows[path] = lows[path].plus(low) if path in lows else low
         return WeightDelta(lows, self.weights | other.weights)
 
-    def scaled(self, strength: float) -> WeightDelta:
-        """Return the patch with its low-rank updates multiplied by `strength`."""
-        return replace(self, lows={path: replace(low, alpha=low.alpha * strength) for path, low in self.lows.items()})
-
 
 @dataclass(frozen=True)
 class Adapter:
