@@ -73,27 +73,29 @@ class Backbone:
         """What planning must know."""
         weights = sum(p.numel() * p.element_size() for m in (self.vae, self.unet) for p in m.parameters())
         vae = self.tiled_vae
-        tile = LOCAL_TILE_BYTES if not vae.steps and vae.is_tiled else SD_TILE_BYTES
+        tile = LOCAL_TILE_BYTES if not vae.layers and vae.is_tiled else SD_TILE_BYTES
         return NetworkFacts(
             latent_scale=self.latent_scale,
             multiple=max(8, self.latent_scale),
             weight_bytes=weights,
             tile_bytes_per_pixel=max(tile * self.dtype.itemsize // 4, vae.tile_bytes() // vae.tiling.tile_px**2),
             picture_bytes_per_pixel=0 if vae.is_tiled else SD_PICTURE_BYTES * self.dtype.itemsize // 4,
-            plane_bytes_per_pixel=vae.plane_bytes(1),
+            plane_bytes_per_pixel=vae.feature_map_bytes(1),
         )
 
     @cached_property
     def tiled_vae(self) -> TiledVAE:
         """The autoencoder, tiled; it calls the modules of `vae` as they are at each call."""
-        doors = VAECallables(
+        callables = VAECallables(
             encode=lambda x: self.latents(self.vae, (x * 2 - 1).to(self.device, self.dtype)).float().cpu(),
             decode=lambda z: self.vae.decode(z.to(self.device, self.dtype)).sample.float().cpu() / 2 + 0.5,
             encode_with=lambda vae, x: self.latents(vae, x * 2 - 1),
             decode_with=lambda vae, z: vae.decode(z).sample / 2 + 0.5,
         )
-        place = ComputeTarget(self.device, self.dtype, self.is_out_of_memory)
-        return TiledVAE(self.vae, doors, self.latent_scale, self.vae.config.latent_channels, place, self.free_bytes)
+        target = ComputeTarget(self.device, self.dtype, self.is_out_of_memory)
+        return TiledVAE(
+            self.vae, callables, self.latent_scale, self.vae.config.latent_channels, target, self.free_bytes
+        )
 
     @staticmethod
     def latents(vae: nn.Module, x: Tensor) -> Tensor:

@@ -8,6 +8,6 @@ from .._lazy import public_names
 __all__, __getattr__ = public_names(
     __name__,
     graph="Side",
-    stream="ComputeTarget VAETiling",
+    settings="ComputeTarget VAETiling",
     tiled="TiledVAE VAECallables",
 )

@@ -1,6 +1,6 @@
-"""Activations that wait outside the compute device: planes in row bands, their statistics, and the way to and fro.
+"""Feature maps: activations that wait between layers, in row bands, with their statistics, and the way to and fro.
 
-Knows tensors and devices, not networks. A plane is one picture's activation `C H W`; tiles of it
+Knows tensors and devices, not networks. A feature map is one picture's activation `C H W`; tiles of it
 travel as `1 C h w`.
 """
 
@@ -20,7 +20,7 @@ BAND_ROWS = 32
 
 
 def intervals(length: int, side: int, unit: int = 1) -> list[Interval]:
-    """Cut 0..length into the fewest near-equal spans of at most `side`; inner borders are multiples of `unit`."""
+    """Cut 0..length into the fewest near-equal intervals of at most `side`; inner borders are multiples of `unit`."""
     count = max(1, -(-length // max(side, unit)))
     edges = [i * length // count // unit * unit for i in range(count)] + [length]
     return list(zip(edges, edges[1:], strict=False))
@@ -53,10 +53,10 @@ class FeatureMap:
 
     @classmethod
     def of(cls, tensor: Tensor) -> FeatureMap:
-        """Return a plane that reads from and writes to `tensor`, `C H W`."""
-        plane = cls(*tensor.shape, tensor.dtype, tensor.device)
-        plane.rows, plane.bands = [(0, plane.height)], [tensor]
-        return plane
+        """Return a feature map that reads from and writes to `tensor`, `C H W`."""
+        feature_map = cls(*tensor.shape, tensor.dtype, tensor.device)
+        feature_map.rows, feature_map.bands = [(0, feature_map.height)], [tensor]
+        return feature_map
 
     def read(self, rows: Interval, columns: Interval, into: Tensor) -> Tensor:
         """Copy that part into `into` (`1 C h w`) and return it."""
@@ -95,7 +95,7 @@ class FeatureMap:
         return len(values), torch.stack([mean, (values - mean).square_().sum(0)])
 
     def add(self, sums: Sums) -> None:
-        """Add a measured tile to the statistics; tiles must partition the plane, without halo."""
+        """Add a measured tile to the statistics; tiles must partition the feature map, without halo."""
         self._sums.append(sums)
 
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
@@ -118,9 +118,9 @@ class FeatureMap:
 
 
 class TransferQueue:
-    """Carries tiles between planes and the compute device.
+    """Carries tiles between feature maps and the compute device.
 
-    Where planes wait in host memory and the device is CUDA, the next tile is brought while the
+    Where feature maps wait in host memory and the device is CUDA, the next tile is brought while the
     current one is computed, through pinned buffers on streams of their own, one transfer per tile.
     """
 
@@ -154,12 +154,12 @@ class TransferQueue:
         if self.ahead:
             torch.cuda.current_stream(self.device).wait_stream(self._streams[0])
 
-    def fetch(self, plane: FeatureMap, rows: Interval, columns: Interval) -> Tensor:
-        """Return that part of the plane, `1 C h w`, as a new tensor on the compute device, after `feed` or `arrive`."""
-        size = 1, plane.channels, rows[1] - rows[0], columns[1] - columns[0]
-        crossing = self.ahead and plane.device.type == "cpu"
-        where = dict(dtype=plane.dtype, device=plane.device, pin_memory=crossing)
-        part = plane.read(rows, columns, torch.empty(size, memory_format=torch.channels_last, **where))
+    def fetch(self, feature_map: FeatureMap, rows: Interval, columns: Interval) -> Tensor:
+        """Return that part as a new tensor `1 C h w` on the compute device, after `feed` or `arrive`."""
+        size = 1, feature_map.channels, rows[1] - rows[0], columns[1] - columns[0]
+        crossing = self.ahead and feature_map.device.type == "cpu"
+        where = dict(dtype=feature_map.dtype, device=feature_map.device, pin_memory=crossing)
+        part = feature_map.read(rows, columns, torch.empty(size, memory_format=torch.channels_last, **where))
         if not crossing:
             return part.to(self.device)
         with torch.cuda.stream(self._streams[0]):
@@ -167,10 +167,10 @@ class TransferQueue:
         moved.record_stream(torch.cuda.current_stream(self.device))
         return moved
 
-    def store(self, plane: FeatureMap, rows: Interval, columns: Interval, tile: Tensor) -> None:
-        """Put a computed tile into its plane, now or by the next `flush`."""
-        if not (self.ahead and plane.device.type == "cpu"):
-            plane.write(rows, columns, tile)
+    def store(self, feature_map: FeatureMap, rows: Interval, columns: Interval, tile: Tensor) -> None:
+        """Put a computed tile into its feature map, now or by the next `flush`."""
+        if not (self.ahead and feature_map.device.type == "cpu"):
+            feature_map.write(rows, columns, tile)
             return
         self.flush(keep=1)
         out = self._streams[1]
@@ -182,12 +182,12 @@ class TransferQueue:
             tile.record_stream(out)
             done = torch.cuda.Event()
             done.record(out)
-        self._pending.append((done, plane, rows, columns, host))
+        self._pending.append((done, feature_map, rows, columns, host))
 
     def flush(self, keep: int = 0) -> None:
         """Wait until at most `keep` stored tiles are still on their way."""
         while len(self._pending) > keep:
-            done, plane, rows, columns, host = self._pending[0]
+            done, feature_map, rows, columns, host = self._pending[0]
             done.synchronize()
-            plane.write(rows, columns, host)
-            del self._pending[0]  # only now: the plane's memory may have run out
+            feature_map.write(rows, columns, host)
+            del self._pending[0]  # only now: the feature map's memory may have run out

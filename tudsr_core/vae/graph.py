@@ -1,8 +1,8 @@
-"""A Stable Diffusion autoencoder's encoder or decoder as one flat list of steps, whoever built its modules.
+"""A Stable Diffusion autoencoder's encoder or decoder as one flat list of layers, whoever built its modules.
 
 Reads the module trees of diffusers (`AutoencoderKL`) and of ComfyUI (`AutoencoderKL`,
 `AutoencodingEngine`). Modules are only named here, never copied: weights, patches and offloading
-stay theirs. Running the steps is `vae_stream`'s work. A tree that differs in anything that would
+stay theirs. Running the layers is `stream`'s work. A tree that differs in anything that would
 change the result raises `UnknownTree`.
 """
 
@@ -76,7 +76,7 @@ Side = Literal["encoder", "decoder"]
 
 
 def read_layers(vae: nn.Module, side: Side) -> list[Layer]:
-    """Return the steps of `vae.encoder` with its quant_conv, or of `vae.decoder` with its post_quant_conv.
+    """Return the layers of `vae.encoder` with its quant_conv, or of `vae.decoder` with its post_quant_conv.
 
     The encoder's result are moments (mean and log variance). Raises UnknownTree.
     """
@@ -84,19 +84,19 @@ def read_layers(vae: nn.Module, side: Side) -> list[Layer]:
     if not isinstance(tree, nn.Module):
         raise UnknownTree(f"{type(vae).__name__} has no {side}")
     try:
-        steps = list(_read_encoder(tree) if side == "encoder" else _read_decoder(tree))
+        layers = list(_read_encoder(tree) if side == "encoder" else _read_decoder(tree))
     except AttributeError as absent:
         raise UnknownTree(str(absent)) from absent
     name = "quant_conv" if side == "encoder" else "post_quant_conv"
     extra = getattr(vae, name, None)
     if extra is None:
-        return steps
+        return layers
     pointwise = Conv(_conv(extra, 1))
-    return [*steps, pointwise] if side == "encoder" else [pointwise, *steps]
+    return [*layers, pointwise] if side == "encoder" else [pointwise, *layers]
 
 
 def run_untiled(vae: nn.Module, side: Side, x: Tensor) -> Tensor:
-    """Return what the modules themselves give for x `B C H W`: the truth that the steps must equal."""
+    """Return what the modules themselves give for x `B C H W`: the truth that the layers must equal."""
     if side == "encoder":
         moments = vae.encoder(x)
         quant = getattr(vae, "quant_conv", None)
@@ -105,12 +105,12 @@ def run_untiled(vae: nn.Module, side: Side, x: Tensor) -> Tensor:
     return vae.decoder(x if post is None else post(x))
 
 
-def grids(steps: Iterable[Layer], start: Fraction) -> Iterator[tuple[Layer, Fraction]]:
-    """Yield each step with the scale of its output's grid; `start` is that of the input."""
+def grids(layers: Iterable[Layer], start: Fraction) -> Iterator[tuple[Layer, Fraction]]:
+    """Yield each layer with the scale of its output's grid; `start` is that of the input."""
     factor = {"": Fraction(1), "up": Fraction(2), "down": Fraction(1, 2)}
-    for step in steps:
-        start *= factor[getattr(step, "resample", "")]
-        yield step, start
+    for layer in layers:
+        start *= factor[getattr(layer, "resample", "")]
+        yield layer, start
 
 
 def _read_encoder(tree: nn.Module) -> Iterator[Layer]:
