@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tudsr_core.vae.feature_maps import FeatureMap, intervals
+from tudsr_core.vae.feature_maps import FeatureMap, Joined, intervals
 
 CPU = torch.device("cpu")
 
@@ -52,3 +52,21 @@ def test_statistics_of_tiles_are_those_of_the_feature_map(offset, noise):
     assert feature_map.is_finite()
     feature_map.add(feature_map.measure(torch.full((1, 12, 1, 1), torch.inf)))
     assert not feature_map.is_finite()
+
+
+def test_joined_feature_maps_are_one_without_a_copy(noise):
+    """Also where a group of channels has some of both, and tiles were cut differently."""
+    whole, parts = noise(1, 12, 40, 50).double(), []
+    for channels, side in ((slice(0, 5), 13), (slice(5, 12), 28)):
+        own = FeatureMap.of(whole[0, channels].clone())
+        for rows in intervals(40, side):
+            own.add(own.measure(whole[:, channels, slice(*rows)]))
+        parts.append(own)
+    joined = Joined(*parts)
+    mean, variance = joined.moments(4)
+    assert (mean - whole.view(4, -1).mean(1)).abs().max() < 1e-12
+    assert (variance - whole.view(4, -1).var(1, correction=0)).abs().max() < 1e-12
+    part = joined.read((3, 37), (1, 9), torch.empty(1, 12, 34, 8, dtype=torch.float64))
+    assert torch.equal(part, whole[..., 3:37, 1:9])
+    joined.free(40)
+    assert all(band is not None for one in parts for band in one.bands)

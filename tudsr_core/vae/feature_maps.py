@@ -7,6 +7,7 @@ travel as `1 C h w`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -49,6 +50,7 @@ class FeatureMap:
         self.channels, self.height, self.width, self.dtype, self.device = channels, height, width, dtype, device
         self.rows = intervals(height, BAND_ROWS)
         self.bands: list[Tensor | None] = [None] * len(self.rows)
+        self.kept = False
         self._sums: list[Sums] = []
 
     @classmethod
@@ -81,7 +83,9 @@ class FeatureMap:
                 yield number, band, slice(first - top, last - top), slice(first - rows[0], last - rows[0])
 
     def free(self, before: int) -> None:
-        """Drop the bands that lie wholly above row `before`."""
+        """Drop the bands that lie wholly above row `before`, unless the map is kept."""
+        if self.kept:
+            return
         for number, (_, bottom) in enumerate(self.rows):
             if bottom <= before:
                 self.bands[number] = None
@@ -99,22 +103,48 @@ class FeatureMap:
         self._sums.append(sums)
 
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU.
-
-        Merged exactly from the tiles, with the variance between them (Chan, Golub and LeVeque 1983).
-        """
-        counts = torch.tensor([count for count, _ in self._sums], dtype=torch.float64)
-        sums = torch.stack([pair for _, pair in self._sums]).cpu().double()
-        means, squares = sums.unflatten(2, (groups, -1)).unbind(1)  # tiles, groups, channels of a group
-        total = counts.sum() * means.shape[2]
-        weights = counts[:, None, None]
-        mean = (weights * means).sum((0, 2)) / total
-        between = (weights * (means - mean[:, None]).square()).sum((0, 2))
-        return mean, (squares.sum((0, 2)) + between) / total
+        """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU."""
+        return _merge(self._sums, groups)
 
     def is_finite(self) -> bool:
         """Whether every measured value is finite."""
         return bool(torch.stack([pair for _, pair in self._sums]).isfinite().all())
+
+
+class Joined(FeatureMap):
+    """Activations of one size as one, their channels in order; nothing is copied, nothing is freed."""
+
+    def __init__(self, *parts: FeatureMap) -> None:
+        first, self.parts = parts[0], parts
+        self.channels, self.height, self.width = sum(part.channels for part in parts), first.height, first.width
+        self.dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+        on_host = (part.device for part in parts if part.device.type == "cpu")
+        self.device = next(on_host, first.device)
+        self.kept = True
+
+    def read(self, rows: Interval, columns: Interval, into: Tensor) -> Tensor:
+        """Copy that part of all into `into` (`1 C h w`) and return it."""
+        for part, own in zip(self.parts, into.split([part.channels for part in self.parts], 1), strict=True):
+            part.read(rows, columns, own)
+        return into
+
+    def moments(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU."""
+        pixels = self.height * self.width
+        means, variances = zip(*(part.moments(part.channels) for part in self.parts), strict=True)
+        return _merge([(pixels, torch.stack([torch.cat(means), torch.cat(variances) * pixels]))], groups)
+
+
+def _merge(sums: list[Sums], groups: int) -> tuple[Tensor, Tensor]:
+    """Merge tiles exactly, with the variance between them (Chan, Golub and LeVeque 1983)."""
+    counts = torch.tensor([count for count, _ in sums], dtype=torch.float64)
+    pairs = torch.stack([pair for _, pair in sums]).cpu().double()
+    means, squares = pairs.unflatten(2, (groups, -1)).unbind(1)  # tiles, groups, channels of a group
+    total = counts.sum() * means.shape[2]
+    weights = counts[:, None, None]
+    mean = (weights * means).sum((0, 2)) / total
+    between = (weights * (means - mean[:, None]).square()).sum((0, 2))
+    return mean, (squares.sum((0, 2)) + between) / total
 
 
 class TransferQueue:

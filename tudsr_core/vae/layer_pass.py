@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from .feature_maps import Box, FeatureMap, Interval, TransferQueue, halves, reserve
-from .graph import Attention, Layer
+from .graph import Add, Attention, Layer
 from .layers import attend, double, read_affine, read_doubling, scale_and_shift
 from .settings import ComputeTarget, VAETiling
 
@@ -41,6 +41,8 @@ class LayerPass:
     limit: int | None = None
 
     def run(self) -> tuple[FeatureMap, FeatureMap | None]:
+        if isinstance(self.layer, Add):
+            return self._add()
         return self._attend() if isinstance(self.layer, Attention) else self._convolve()
 
     def _feature_map(self, channels: int, dtype: torch.dtype) -> FeatureMap:
@@ -102,6 +104,20 @@ class LayerPass:
             y = y.add_(skip) if y.dtype == self._joined(self.skip) else y + skip
             y = y if layer.divide == 1 else y / layer.divide
         return y, put_aside
+
+    def _add(self) -> tuple[FeatureMap, None]:
+        y = self.out or self._feature_map(self.layer.channels[1], self._joined(self.skip))
+
+        def compute(box: Box, parts: tuple[Tensor, Tensor]) -> None:
+            tile = torch.add(parts[1].to(y.dtype), parts[0].to(y.dtype), alpha=self.layer.weight)
+            self._store(box, [(y, tile, self.measure)])
+
+        self._sweep(
+            lambda box: (self.queue.fetch(self.x, *box), self.queue.fetch(self.skip, *box)),
+            compute,
+            [self.x, self.skip],
+        )
+        return y, None
 
     def _phases(self) -> tuple[Tensor, Tensor | None] | None:
         like = torch.empty(0, device=self.target.device, dtype=self.dtype)
@@ -203,7 +219,7 @@ class LayerPass:
         self.queue.flush()
 
     def _needed_from(self, row: int) -> int:
-        return row if isinstance(self.layer, Attention) else self._source((row, row), self.x.height)[0]
+        return row if isinstance(self.layer, Attention | Add) else self._source((row, row), self.x.height)[0]
 
     def _compute(
         self, box: Box, parts: tuple | None, fetch: Callable[[Box], tuple], compute: Callable[[Box, tuple], None]

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from .feature_maps import FeatureMap, TransferQueue, intervals, reserve
-from .graph import Attention, Layer, grids
+from .feature_maps import FeatureMap, Joined, TransferQueue, intervals, reserve
+from .graph import Add, Attention, Join, Layer, grids
 from .layer_pass import Grid, LayerPass, OnTile
 from .settings import ComputeTarget, VAETiling
 
@@ -42,7 +42,7 @@ def cut(layers: list[Layer], start: Fraction, size: tuple[int, int], tiling: VAE
             yield layer, (intervals(height, max(1, int(side))), intervals(width, max(1, int(side))))
         else:
             side = max(side, tiling.tile_px * min(1, heaviest / max(layer.channels)) ** 0.5)
-            unit = 2 if layer.resample == "up" else 1
+            unit = 2 if factor == 2 else 1
             columns = intervals(width, max(1, int(2 * side)), unit)
             yield layer, (intervals(height, max(1, int(side**2 / (columns[0][1] or 1))), unit), columns)
         size = height, width
@@ -52,38 +52,58 @@ def count_tiles(layers: list[Layer], start: Fraction, size: tuple[int, int], til
     """Return how many tiles `run_layers` computes for one input of `size` on grid `start`."""
     total = 0
     for layer, (rows, columns) in cut(layers, start, size, tiling):
-        passes = 2 if isinstance(layer, Attention) and tiling.attention == "exact" else 1
+        passes = 2 if isinstance(layer, Attention) and tiling.attention == "exact" else int(not isinstance(layer, Join))
         total += passes * len(rows) * len(columns)
     return total
 
 
 def run_layers(
-    layers: list[Layer], start: Fraction, x: Tensor, target: ComputeTarget, tiling: VAETiling, on_tile: OnTile
+    layers: list[Layer],
+    start: Fraction,
+    x: Tensor,
+    target: ComputeTarget,
+    tiling: VAETiling,
+    on_tile: OnTile,
+    features: Mapping[str, FeatureMap] | None = None,
+    keep: Mapping[str, list[FeatureMap]] | None = None,
 ) -> Tensor:
     """Return the output for one picture `1 C H W` on grid `start` (1: pixels, 1/8: latents).
 
-    The result is on the CPU, float32 or float64. `tiling.planes` must not be "auto" here.
+    The result is on the CPU, float32 or float64. `tiling.planes` must not be "auto" here. `features`:
+    what `Join` layers join, by level. `keep`: lists to which the activations at the end of these
+    levels are appended, where they lie; they stay when the layers after them are done.
     """
     half, wide = target.dtype == torch.float16, torch.promote_types(target.dtype, torch.float32)
     home = target.device if tiling.planes == "device" else torch.device("cpu")
-    queue = TransferQueue(target.device)
-    feature_map, skip = FeatureMap.of(x[0].cpu()), None
+    common = dict(home=home, queue=TransferQueue(target.device), target=target, tiling=tiling)
+    feature_map, skip, aside = FeatureMap.of(x[0].cpu()), None, None
     for number, (layer, grid) in enumerate(cut(layers, start, tuple(x.shape[-2:]), tiling)):
+        if isinstance(layer, Join):
+            aside, feature_map = feature_map, Joined(features[layer.level], feature_map)
+            continue
         following = layers[number + 1] if number + 1 < len(layers) else None
-        out = None
+        out, level = None, getattr(layer, "level", "")
         if following is None:
             size = layer.channels[1], grid[0][-1][1], grid[1][-1][1]
             out = FeatureMap.of(reserve(size, wide, torch.device("cpu")))
-        common = dict(grid=grid, out=out, home=home, queue=queue, target=target, tiling=tiling)
-        measure = half or getattr(following, "norm", None) is not None
-        made = LayerPass(layer, feature_map, skip, target.dtype, measure, on_tile=on_tile, **common).run()
-        if half and not all(p is None or p is feature_map or p.is_finite() for p in made):
-            log.info("the autoencoder overflowed float16; this layer again in float32")
-            made = LayerPass(
-                _in_float32(layer), feature_map, skip, torch.float32, measure, on_tile=lambda: None, **common
-            ).run()
-        feature_map, skip = made
+        kept = keep is not None and level in keep
+        measure = half or kept or isinstance(following, Join) or getattr(following, "norm", None) is not None
+        inputs = feature_map, aside if isinstance(layer, Add) else skip
+        feature_map, skip = _run_layer(layer, inputs, on_tile, measure=measure, grid=grid, out=out, **common)
+        if kept:
+            feature_map.kept = True
+            keep[level].append(feature_map)
     return feature_map.bands[0][None]
+
+
+def _run_layer(layer: Layer, inputs: tuple, on_tile: OnTile, **common) -> tuple:  # noqa: ANN003
+    """Return output and what is put aside; what overflows float16 is done again in float32."""
+    dtype = common["target"].dtype
+    made = LayerPass(layer, *inputs, dtype, on_tile=on_tile, **common).run()
+    if dtype == torch.float16 and not all(p is None or p is inputs[0] or p.is_finite() for p in made):
+        log.info("the autoencoder overflowed float16; this layer again in float32")
+        made = LayerPass(_in_float32(layer), *inputs, torch.float32, on_tile=lambda: None, **common).run()
+    return made
 
 
 def _in_float32(layer: Layer) -> Layer:
