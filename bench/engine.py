@@ -42,9 +42,9 @@ from tudsr_core.pictures.tensors import resize
 from tudsr_core.tiling.blending import TileBlender
 from tudsr_core.tiling.fitting import fit_tile
 from tudsr_core.tiling.plan import TilePlan, plan_tiles
-from tudsr_core.vae import stream as vae_stream
+from tudsr_core.vae import layer_pass
 from tudsr_core.vae.graph import run_untiled
-from tudsr_core.vae.stream import VAETiling
+from tudsr_core.vae.settings import VAETiling
 
 COMFYUI = {"ComfyUI, untiled nodes": "whole", "ComfyUI, tiled nodes": "tiled", "ours in ComfyUI": "ours"}
 METHODS = {
@@ -120,7 +120,7 @@ def run_vae(method: str, px: int, args: argparse.Namespace, side: str) -> tuple[
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64
     if "not folded" in method:
-        vae_stream.read_doubling = lambda *_: None
+        layer_pass.read_doubling = lambda *_: None
 
     def run(x: Tensor) -> Tensor:
         inside = x.to(backbone.device, backbone.dtype)

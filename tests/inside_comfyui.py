@@ -684,7 +684,7 @@ def vae_nodes(vae, image, tile=64, planes="host", attention="exact"):
 def check_exact_tiled_vae_equals_comfyuis_own():
     # Four channels to a group, as in SD: a group of one has no variance at all on a constant picture.
     vae = small_vae(ch=128, ch_mult=[1, 1])
-    tiling, exact = part("tudsr_core.vae.stream").VAETiling, part("nodes.host.exact_vae").ExactVAE(vae)
+    tiling, exact = part("tudsr_core.vae.settings").VAETiling, part("nodes.host.exact_vae").ExactVAE(vae)
     halves = torch.zeros(2, 38, 54, 3)
     halves[:, :, 27:] = 1
     for image in (picture(2, 38, 54), torch.full((1, 38, 54, 3), 0.3), halves, noise(1, 38, 54, 3).sigmoid()):
@@ -696,7 +696,7 @@ def check_exact_tiled_vae_equals_comfyuis_own():
             assert (ours - latent).abs().max() < 1e-12, (tile, float((ours - latent).abs().max()))
             out = exact.decode(latent, lambda: None, tiling(tile, "host"))
             assert (out - vae.process_output(truth)).abs().max() < 1e-12, tile
-    assert exact.tiled.steps, "must not have fallen back to the whole picture"
+    assert exact.tiled.layers, "must not have fallen back to the whole picture"
 
 
 def check_exact_vae_nodes_equal_stock_nodes():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+
+from tudsr_core.vae import Fuse, Local, read_resnet
 
 CONFIG = dict(
     block_out_channels=(8, 16, 16, 16),
@@ -41,3 +45,79 @@ def contents(channels: int, height: int, width: int, batch: int = 2) -> dict[str
         "halves": halves,
         "gradient": ramp.expand_as(noise).contiguous(),
     }
+
+
+class Dense(nn.Module):
+    """Convolutions without norms, one after the other, each seeing what those before it gave (an RRDB in small)."""
+
+    def __init__(self, channels: int, growth: int = 4, count: int = 3) -> None:
+        super().__init__()
+        widths = [channels + growth * number for number in range(count)]
+        outs = [growth] * (count - 1) + [channels]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, outs, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x
+        for conv in self.convs:
+            y = conv(seen)
+            seen = torch.cat([seen, nn.functional.leaky_relu(y, 0.2)], 1)
+        return y * 0.2 + x
+
+
+class SmallFusion:
+    """CFW in small: residual block with shortcut, dense convolutions, residual block; as modules and as layers."""
+
+    def __init__(self, channels: int, dtype: torch.dtype, weight: float) -> None:
+        from diffusers.models.resnet import ResnetBlock2D
+
+        common = dict(temb_channels=None, groups=4, eps=1e-6)
+        self.channels, self.weight = channels, weight
+        self.blocks = [
+            ResnetBlock2D(in_channels=2 * channels, out_channels=channels, **common),
+            Dense(channels),
+            ResnetBlock2D(in_channels=channels, **common),
+        ]
+        for block in self.blocks:
+            for parameter in block.eval().requires_grad_(False).parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            block.to(dtype)
+        self.read()
+
+    def read(self) -> None:
+        """Describe the modules, as they are now, as layers."""
+        first, dense, last = self.blocks
+        local = Local(dense, radius=len(dense.convs), width=(self.channels, self.channels))
+        self.fuse = Fuse([*read_resnet(first), local, *read_resnet(last)], self.weight)
+
+    def __call__(self, features: Tensor, x: Tensor) -> Tensor:
+        y = torch.cat([features, x], 1)
+        for block in self.blocks:
+            y = block(y, None) if hasattr(block, "norm1") else block(y)
+        return x + self.weight * y
+
+
+def make_fusions(
+    levels: Iterable[str], dtype: torch.dtype = torch.float32, seed: int = 3, channels: tuple[int, ...] = ()
+) -> dict[str, SmallFusion]:
+    """Return random fusions for these levels of `make_vae`'s autoencoder, or of one with these `channels`."""
+    torch.manual_seed(seed)
+    # The decoder's last level has 8 channels, as the encoder's first.
+    widths = channels or [8 if level == "level 0" else 16 for level in levels]
+    return {level: SmallFusion(width, dtype, 0.7) for level, width in zip(levels, widths, strict=True)}
+
+
+def run_fused(vae: nn.Module, fusions: dict[str, SmallFusion], pixels: Tensor, z: Tensor) -> Tensor:
+    """Return pixels in 0..1 of `z`, untiled: the modules themselves, with hooks where features are taken and used."""
+    hooks, features, depth = [], {}, len(vae.decoder.up_blocks)
+    for level, fusion in fusions.items():
+        number = int(level.split()[1])
+        down, up = vae.encoder.down_blocks[number].resnets[-1], vae.decoder.up_blocks[depth - 1 - number].resnets[-1]
+        hooks.append(down.register_forward_hook(lambda *call, level=level: features.update({level: call[2]})))
+        fuse = lambda *call, level=level, fusion=fusion: fusion(features[level], call[2])  # noqa: E731
+        hooks.append(up.register_forward_hook(fuse))
+    try:
+        vae.encode(pixels * 2 - 1)
+        return vae.decode(z).sample / 2 + 0.5
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -17,7 +17,7 @@ from tudsr_core.backends.sd21 import Architecture, read_base
 from tudsr_core.methods.plan import Target
 from tudsr_core.methods.two_stage import UpscaleOptions, plan_for, upscale
 from tudsr_core.pictures.tensors import resize
-from tudsr_core.vae.stream import VAETiling
+from tudsr_core.vae.settings import VAETiling
 from tudsr_core.weights.checkpoints import embedded_path
 from tudsr_core.weights.tensor_files import CheckpointError
 

@@ -12,10 +12,10 @@ def test_the_passes_of_sd_are_those_of_its_layers():
         ("decoder", 1, 1 + 2 + 2 + 4 * 6 + 3 + 1),
         ("encoder", 1, 1 + 16 + 3 + 4 + 1),
     ):
-        steps = read_layers(vae, side)
-        assert sum(isinstance(step, Attention) for step in steps) == attentions
-        assert sum(isinstance(step, Conv) and step.halo == 1 for step in steps) == convolutions
-        opens, closes = (sum(getattr(step, "skip", "") == role for step in steps) for role in ("open", "close"))
+        layers = read_layers(vae, side)
+        assert sum(isinstance(layer, Attention) for layer in layers) == attentions
+        assert sum(isinstance(layer, Conv) and layer.halo == 1 for layer in layers) == convolutions
+        opens, closes = (sum(getattr(layer, "skip", "") == role for layer in layers) for role in ("open", "close"))
         assert opens == closes == (2 + 12 if side == "decoder" else 2 + 8)
 
 

@@ -7,11 +7,11 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 from small_vae import SHALLOW, make_vae
-from test_vae_stream import place
+from test_vae_stream import target
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tudsr_core.vae import tiled as vae_tiling
-from tudsr_core.vae.stream import VAETiling
+from tudsr_core.vae import tiled as tiled_module
+from tudsr_core.vae.settings import VAETiling
 from tudsr_core.vae.tiled import TiledVAE, VAECallables
 
 EVERY = bool(os.environ.get("TUDSR_EVERY_OPERATION"))  # minutes; else a share of them
@@ -63,15 +63,15 @@ def local():
 
 
 def tiled(vae, encode, decode):
-    doors = VAECallables(lambda x: encode(vae, x.double()), lambda z: decode(vae, z.double()), encode, decode)
-    return TiledVAE(vae, doors, 2, 4, place(torch.float64, lambda error: "simulated" in str(error)), lambda: 0)
+    callables = VAECallables(lambda x: encode(vae, x.double()), lambda z: decode(vae, z.double()), encode, decode)
+    return TiledVAE(vae, callables, 2, 4, target(torch.float64, lambda error: "simulated" in str(error)), lambda: 0)
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("side", ["encode", "decode"])
 @pytest.mark.parametrize("build", [known, unknown, local])
 def test_memory_that_runs_out_at_any_operation(build, side, lasting, monkeypatch):
-    monkeypatch.setattr(vae_tiling, "_proven", WeakKeyDictionary())
+    monkeypatch.setattr(tiled_module, "_proven", WeakKeyDictionary())
     parts, generator = build(), torch.Generator().manual_seed(1)
     x = torch.rand(1, *((3, 40, 64) if side == "encode" else (4, 20, 32)), generator=generator).double()
 
@@ -80,14 +80,14 @@ def test_memory_that_runs_out_at_any_operation(build, side, lasting, monkeypatch
 
     with OutOfMemory() as first:
         wanted = run()
-    with OutOfMemory() as later:  # the small picture that steps are tried on is not repeated
+    with OutOfMemory() as later:  # the small picture that layers are tried on is not repeated
         run()
     counts = {"made": 0, "refused": 0}
     for proven, operations in ((False, first.count - later.count), (True, later.count)):
         # A prime number of operations apart, so that other ones are met in every tile.
         for at in range(1, operations + 1, 1 if EVERY else next_prime(operations // SAMPLES)):
             if not proven:
-                vae_tiling._proven.clear()
+                tiled_module._proven.clear()
             with OutOfMemory(at, lasting):
                 try:
                     made = run()

@@ -10,11 +10,11 @@ from small_vae import SHALLOW, contents, make_vae
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tudsr_core.vae import feature_maps as vae_planes
-from tudsr_core.vae import stream as vae_stream
+from tudsr_core.vae import feature_maps, layer_pass, stream
 from tudsr_core.vae.feature_maps import reserve
 from tudsr_core.vae.graph import read_layers, run_untiled
-from tudsr_core.vae.stream import ComputeTarget, VAETiling, count_tiles, run_layers
+from tudsr_core.vae.settings import ComputeTarget, VAETiling
+from tudsr_core.vae.stream import count_tiles, run_layers
 
 START = {"encoder": Fraction(1), "decoder": Fraction(1, 8)}
 SIZES = {"encoder": (3, 152, 213), "decoder": (4, 19, 27)}
@@ -29,13 +29,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def place(dtype, fails=lambda error: False):
+def target(dtype, fails=lambda error: False):
     return ComputeTarget(torch.device("cpu"), dtype, fails)
 
 
 def tiled(vae, side, x, tiling, on_tile=lambda: None, fails=lambda error: False):
-    steps, where = read_layers(vae, side), place(next(vae.parameters()).dtype, fails)
-    return torch.cat([run_layers(steps, START[side], one, where, tiling, on_tile) for one in x.split(1)])
+    layers, where = read_layers(vae, side), target(next(vae.parameters()).dtype, fails)
+    return torch.cat([run_layers(layers, START[side], one, where, tiling, on_tile) for one in x.split(1)])
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
@@ -88,7 +88,7 @@ def test_other_shapes_of_the_same_family(config, scale):
     vae = make_vae(**config)
     x, z = contents(3, 40, 56, 1)["gradient"], contents(4, 40 // scale, 56 // scale, 1)["halves"]
     for side, given, start in (("encoder", x, Fraction(1)), ("decoder", z, Fraction(1, scale))):
-        ours = run_layers(read_layers(vae, side), start, given, place(z.dtype), VAETiling(24, "device"), lambda: None)
+        ours = run_layers(read_layers(vae, side), start, given, target(z.dtype), VAETiling(24, "device"), lambda: None)
         assert (ours - run_untiled(vae, side, given)).abs().max() < 1e-12
 
 
@@ -175,7 +175,7 @@ class Saturating(torch.nn.Module):
 
 
 @pytest.mark.parametrize("at", ["mid_block.resnets.0.conv2", "up_blocks.1.upsamplers.0.conv", "conv_out"])
-def test_a_step_that_overflows_float16_is_done_in_float32(at, caplog):
+def test_a_layer_that_overflows_float16_is_done_in_float32(at, caplog):
     vae = make_vae(torch.float16)
     z = contents(4, 9, 12, batch=1)["random"].float()
     truth = run_untiled(make_vae(torch.float32), "decoder", z)
@@ -188,7 +188,7 @@ def test_a_step_that_overflows_float16_is_done_in_float32(at, caplog):
 
 
 def test_large_residuals_travel_in_float32():
-    """Sums beyond float16's 65504 stay right from the step that overflowed to the end."""
+    """Sums beyond float16's 65504 stay right from the layer that overflowed to the end."""
     half = make_vae(torch.float16)
     for block in half.decoder.mid_block.resnets:
         block.conv2.bias[::2] = 6e4
@@ -226,7 +226,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def device_peak(vae, start, z, tiling, monkeypatch, side="decoder"):
-    """Return the most bytes alive at once on the device, which on a CPU is all but the planes."""
+    """Return the most bytes alive at once on the device, which on a CPU is all but the feature maps."""
     live = LiveBytes()
 
     def uncounted(*args):
@@ -235,11 +235,11 @@ def device_peak(vae, start, z, tiling, monkeypatch, side="decoder"):
         live.count(memory, 0)
         return memory
 
-    for module in (vae_planes, vae_stream):
+    for module in (feature_maps, layer_pass, stream):
         monkeypatch.setattr(module, "reserve", uncounted)
     live.count(z, 0)
     with live:
-        run_layers(read_layers(vae, side), start, z, place(next(vae.parameters()).dtype), tiling, lambda: None)
+        run_layers(read_layers(vae, side), start, z, target(next(vae.parameters()).dtype), tiling, lambda: None)
     return live.peak
 
 
@@ -251,7 +251,7 @@ def test_device_memory_does_not_grow_from_2048_to_4096_pixels(monkeypatch):
         for side in (256, 512)
     )
     assert large <= 1.1 * small
-    assert small < 2048 * 2048 * 2 * 4, "not even one whole plane"
+    assert small < 2048 * 2048 * 2 * 4, "not even one whole feature map"
 
 
 def test_device_memory_of_the_attention_does_not_grow(monkeypatch):

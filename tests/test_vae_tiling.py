@@ -1,10 +1,10 @@
 import pytest
 import torch
 from small_vae import contents, make_vae
-from test_vae_stream import place
+from test_vae_stream import target
 
-from tudsr_core.vae import tiled as vae_tiling
-from tudsr_core.vae.stream import VAETiling
+from tudsr_core.vae import tiled as tiled_module
+from tudsr_core.vae.settings import VAETiling
 from tudsr_core.vae.tiled import TiledVAE, VAECallables, posterior_latent
 
 
@@ -16,8 +16,8 @@ def tiled_vae(vae, free=0):
         return vae.decode(z).sample / 2 + 0.5
 
     dtype = next(vae.parameters()).dtype
-    doors = VAECallables(lambda x: encode(vae, x.to(dtype)), lambda z: decode(vae, z.to(dtype)), encode, decode)
-    return TiledVAE(vae, doors, 8, 4, place(dtype), lambda: free)
+    callables = VAECallables(lambda x: encode(vae, x.to(dtype)), lambda z: decode(vae, z.to(dtype)), encode, decode)
+    return TiledVAE(vae, callables, 8, 4, target(dtype), lambda: free)
 
 
 def test_encode_and_decode_are_the_untiled_ones_with_their_scaling():
@@ -57,7 +57,7 @@ def test_an_unknown_tree_runs_whole_and_says_so(caplog):
     assert not ours.is_tiled
 
 
-def test_steps_that_do_not_give_the_modules_result_are_not_used(caplog):
+def test_layers_that_do_not_give_the_modules_result_are_not_used(caplog):
     vae = make_vae()
     forward = vae.decoder.forward
     vae.decoder.forward = lambda z: forward(z.flip(-1))  # the tree looks right, the order does not show in it
@@ -70,26 +70,26 @@ def test_steps_that_do_not_give_the_modules_result_are_not_used(caplog):
     ).abs().max() < 1e-12
 
 
-def test_planes_go_where_they_fit(monkeypatch):
+def test_feature_maps_go_where_they_fit(monkeypatch):
     vae, seen = make_vae(torch.float32), []
     monkeypatch.setattr(
-        vae_tiling, "run_layers", lambda *args: seen.append(args[4].planes) or torch.zeros(1, 3, 64, 64)
+        tiled_module, "run_layers", lambda *args: seen.append(args[4].planes) or torch.zeros(1, 3, 64, 64)
     )
     monkeypatch.setattr(TiledVAE, "_difference", lambda self, side: "")
     z = torch.zeros(1, 4, 8, 8)
     ours = tiled_vae(vae)
-    needed = ours.plane_bytes(64 * 64, "decoder") + 2 * ours.tile_bytes(VAETiling(64))
+    needed = ours.feature_map_bytes(64 * 64, "decoder") + 2 * ours.tile_bytes(VAETiling(64))
     for device, free in (("cpu", 0), ("cuda", needed + 1), ("cuda", needed)):
         ours = tiled_vae(vae, free)
-        ours.place = vae_tiling.ComputeTarget(torch.device(device), torch.float32, lambda error: False)
+        ours.target = tiled_module.ComputeTarget(torch.device(device), torch.float32, lambda error: False)
         ours.decode(z, lambda: None, VAETiling(64))
     assert seen == ["device", "device", "host"]
 
 
-def test_planes_of_sd_take_a_kilobyte_per_pixel():
+def test_feature_maps_of_sd_take_a_kilobyte_per_pixel():
     wide = make_vae(torch.float32, block_out_channels=(128, 256, 512, 512), norm_num_groups=32, layers_per_block=1)
-    assert tiled_vae(wide).plane_bytes(1) == 4 * 256
-    assert tiled_vae(wide).plane_bytes(10, "encoder") == 10 * 4 * 256
+    assert tiled_vae(wide).feature_map_bytes(1) == 4 * 256
+    assert tiled_vae(wide).feature_map_bytes(10, "encoder") == 10 * 4 * 256
 
 
 @pytest.mark.parametrize("channels", [4, 8])

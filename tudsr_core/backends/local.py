@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..diffusion import scaled_linear
 from ..methods import Encoded, NoisePredictor, Predict, Stage, StageLimits, TwoStageModel
 from ..models import build_predictor, load_networks
 from ..tiling import NetworkFacts, Tile
-from ..vae import ComputeTarget, TiledVAE, VAECallables
+from ..vae import ComputeTarget, Fusions, TiledVAE, VAECallables, fused_levels
 from ..weights import DTYPES, Adapter, LoRAMerger, WeightDelta, embedded_path, read_adapter, read_model
 from .sd21 import PREDICTIONS, check_exists, read_base, read_prediction
 
@@ -45,7 +45,8 @@ def pick_device(name: str = "auto") -> torch.device:
 class Backbone:
     """Weights shared by the stages: VAE, UNet, and `embed(*texts)`, `texts tokens width`.
 
-    `prediction` is what the UNet returns: "epsilon" or "v_prediction".
+    `prediction` is what the UNet returns: "epsilon" or "v_prediction". `fusion`: what the decoder
+    fuses with the encoder's activations, by level, on `device` and in `dtype`.
     """
 
     vae: nn.Module
@@ -54,6 +55,7 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     prediction: str = "epsilon"
+    fusion: Fusions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for network in (self.vae, self.unet):
@@ -73,27 +75,29 @@ class Backbone:
         """What planning must know."""
         weights = sum(p.numel() * p.element_size() for m in (self.vae, self.unet) for p in m.parameters())
         vae = self.tiled_vae
-        tile = LOCAL_TILE_BYTES if not vae.steps and vae.is_tiled else SD_TILE_BYTES
+        tile = (LOCAL_TILE_BYTES if not vae.layers and vae.is_tiled else SD_TILE_BYTES) * self.dtype.itemsize // 4
         return NetworkFacts(
             latent_scale=self.latent_scale,
             multiple=max(8, self.latent_scale),
             weight_bytes=weights,
-            tile_bytes_per_pixel=max(tile * self.dtype.itemsize // 4, vae.tile_bytes() // vae.tiling.tile_px**2),
+            tile_bytes_per_pixel=max(tile, vae.tile_bytes(fuse=self.fusion) // vae.tiling.tile_px**2),
             picture_bytes_per_pixel=0 if vae.is_tiled else SD_PICTURE_BYTES * self.dtype.itemsize // 4,
-            plane_bytes_per_pixel=vae.plane_bytes(1),
+            plane_bytes_per_pixel=vae.feature_map_bytes(1, fuse=self.fusion),
         )
 
     @cached_property
     def tiled_vae(self) -> TiledVAE:
         """The autoencoder, tiled; it calls the modules of `vae` as they are at each call."""
-        doors = VAECallables(
+        callables = VAECallables(
             encode=lambda x: self.latents(self.vae, (x * 2 - 1).to(self.device, self.dtype)).float().cpu(),
             decode=lambda z: self.vae.decode(z.to(self.device, self.dtype)).sample.float().cpu() / 2 + 0.5,
             encode_with=lambda vae, x: self.latents(vae, x * 2 - 1),
             decode_with=lambda vae, z: vae.decode(z).sample / 2 + 0.5,
         )
-        place = ComputeTarget(self.device, self.dtype, self.is_out_of_memory)
-        return TiledVAE(self.vae, doors, self.latent_scale, self.vae.config.latent_channels, place, self.free_bytes)
+        target = ComputeTarget(self.device, self.dtype, self.is_out_of_memory)
+        return TiledVAE(
+            self.vae, callables, self.latent_scale, self.vae.config.latent_channels, target, self.free_bytes
+        )
 
     @staticmethod
     def latents(vae: nn.Module, x: Tensor) -> Tensor:
@@ -134,13 +138,15 @@ class LocalNetworks:
 
     def vae_calls(self, size: tuple[int, int]) -> int:
         """Tiles of one encode plus one decode of `size` pixels."""
-        return sum(self.backbone.tiled_vae.count(side, size) for side in ("encoder", "decoder"))
+        vae, fusion = self.backbone.tiled_vae, self.backbone.fusion
+        return sum(vae.count(side, size, fuse=fusion) for side in ("encoder", "decoder"))
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Encoded:
-        """Return scaled float32 latents of `B 3 H W` in 0..1 on the CPU."""
+        """Return scaled float32 latents of `B 3 H W` in 0..1 on the CPU, with what the decoder will fuse."""
         self.backbone.vae_slot.use(self.vae_patch)
-        z = self.backbone.tiled_vae.encode(pixels, on_tile, seed=seed)
-        return Encoded(z * self.backbone.vae.config.scaling_factor)
+        levels = fused_levels(self.backbone.fusion)
+        z, features = self.backbone.tiled_vae.encode_with_features(pixels, levels, on_tile, seed=seed)
+        return Encoded(z * self.backbone.vae.config.scaling_factor, features)
 
     def denoise(
         self,
@@ -179,7 +185,8 @@ class LocalNetworks:
 
     def decode(self, encoded: Encoded, on_tile: Callable[[], None]) -> Tensor:
         """Return pixels `B 3 H W`, float32, on the CPU."""
-        return self.backbone.tiled_vae.decode(encoded.z / self.backbone.vae.config.scaling_factor, on_tile)
+        z, fusion = encoded.z / self.backbone.vae.config.scaling_factor, self.backbone.fusion
+        return self.backbone.tiled_vae.decode(z, on_tile, fuse=fusion, features=encoded.features)
 
     def condition(self, text: str) -> Tensor:
         """Return the embedding `1 tokens width` of `text`."""

@@ -7,7 +7,8 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
-    graph="Side",
-    stream="ComputeTarget VAETiling",
+    fusion="Features Fuse Fusions fused_levels",
+    graph="Layer Local Side read_resnet",
+    settings="ComputeTarget VAETiling",
     tiled="TiledVAE VAECallables",
 )

@@ -1,12 +1,13 @@
-"""Activations that wait outside the compute device: planes in row bands, their statistics, and the way to and fro.
+"""Feature maps: activations that wait between layers, in row bands, with their statistics, and the way to and fro.
 
-Knows tensors and devices, not networks. A plane is one picture's activation `C H W`; tiles of it
+Knows tensors and devices, not networks. A feature map is one picture's activation `C H W`; tiles of it
 travel as `1 C h w`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,7 @@ BAND_ROWS = 32
 
 
 def intervals(length: int, side: int, unit: int = 1) -> list[Interval]:
-    """Cut 0..length into the fewest near-equal spans of at most `side`; inner borders are multiples of `unit`."""
+    """Cut 0..length into the fewest near-equal intervals of at most `side`; inner borders are multiples of `unit`."""
     count = max(1, -(-length // max(side, unit)))
     edges = [i * length // count // unit * unit for i in range(count)] + [length]
     return list(zip(edges, edges[1:], strict=False))
@@ -49,14 +50,15 @@ class FeatureMap:
         self.channels, self.height, self.width, self.dtype, self.device = channels, height, width, dtype, device
         self.rows = intervals(height, BAND_ROWS)
         self.bands: list[Tensor | None] = [None] * len(self.rows)
+        self.kept = False
         self._sums: list[Sums] = []
 
     @classmethod
     def of(cls, tensor: Tensor) -> FeatureMap:
-        """Return a plane that reads from and writes to `tensor`, `C H W`."""
-        plane = cls(*tensor.shape, tensor.dtype, tensor.device)
-        plane.rows, plane.bands = [(0, plane.height)], [tensor]
-        return plane
+        """Return a feature map that reads from and writes to `tensor`, `C H W`."""
+        feature_map = cls(*tensor.shape, tensor.dtype, tensor.device)
+        feature_map.rows, feature_map.bands = [(0, feature_map.height)], [tensor]
+        return feature_map
 
     def read(self, rows: Interval, columns: Interval, into: Tensor) -> Tensor:
         """Copy that part into `into` (`1 C h w`) and return it."""
@@ -81,7 +83,9 @@ class FeatureMap:
                 yield number, band, slice(first - top, last - top), slice(first - rows[0], last - rows[0])
 
     def free(self, before: int) -> None:
-        """Drop the bands that lie wholly above row `before`."""
+        """Drop the bands that lie wholly above row `before`, unless the map is kept."""
+        if self.kept:
+            return
         for number, (_, bottom) in enumerate(self.rows):
             if bottom <= before:
                 self.bands[number] = None
@@ -95,32 +99,58 @@ class FeatureMap:
         return len(values), torch.stack([mean, (values - mean).square_().sum(0)])
 
     def add(self, sums: Sums) -> None:
-        """Add a measured tile to the statistics; tiles must partition the plane, without halo."""
+        """Add a measured tile to the statistics; tiles must partition the feature map, without halo."""
         self._sums.append(sums)
 
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU.
-
-        Merged exactly from the tiles, with the variance between them (Chan, Golub and LeVeque 1983).
-        """
-        counts = torch.tensor([count for count, _ in self._sums], dtype=torch.float64)
-        sums = torch.stack([pair for _, pair in self._sums]).cpu().double()
-        means, squares = sums.unflatten(2, (groups, -1)).unbind(1)  # tiles, groups, channels of a group
-        total = counts.sum() * means.shape[2]
-        weights = counts[:, None, None]
-        mean = (weights * means).sum((0, 2)) / total
-        between = (weights * (means - mean[:, None]).square()).sum((0, 2))
-        return mean, (squares.sum((0, 2)) + between) / total
+        """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU."""
+        return _merge(self._sums, groups)
 
     def is_finite(self) -> bool:
         """Whether every measured value is finite."""
         return bool(torch.stack([pair for _, pair in self._sums]).isfinite().all())
 
 
-class TransferQueue:
-    """Carries tiles between planes and the compute device.
+class Joined(FeatureMap):
+    """Activations of one size as one, their channels in order; nothing is copied, nothing is freed."""
 
-    Where planes wait in host memory and the device is CUDA, the next tile is brought while the
+    def __init__(self, *parts: FeatureMap) -> None:
+        first, self.parts = parts[0], parts
+        self.channels, self.height, self.width = sum(part.channels for part in parts), first.height, first.width
+        self.dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+        on_host = (part.device for part in parts if part.device.type == "cpu")
+        self.device = next(on_host, first.device)
+        self.kept = True
+
+    def read(self, rows: Interval, columns: Interval, into: Tensor) -> Tensor:
+        """Copy that part of all into `into` (`1 C h w`) and return it."""
+        for part, own in zip(self.parts, into.split([part.channels for part in self.parts], 1), strict=True):
+            part.read(rows, columns, own)
+        return into
+
+    def moments(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance of each of `groups` channel groups, float64 on the CPU."""
+        pixels = self.height * self.width
+        means, variances = zip(*(part.moments(part.channels) for part in self.parts), strict=True)
+        return _merge([(pixels, torch.stack([torch.cat(means), torch.cat(variances) * pixels]))], groups)
+
+
+def _merge(sums: list[Sums], groups: int) -> tuple[Tensor, Tensor]:
+    """Merge tiles exactly, with the variance between them (Chan, Golub and LeVeque 1983)."""
+    counts = torch.tensor([count for count, _ in sums], dtype=torch.float64)
+    pairs = torch.stack([pair for _, pair in sums]).cpu().double()
+    means, squares = pairs.unflatten(2, (groups, -1)).unbind(1)  # tiles, groups, channels of a group
+    total = counts.sum() * means.shape[2]
+    weights = counts[:, None, None]
+    mean = (weights * means).sum((0, 2)) / total
+    between = (weights * (means - mean[:, None]).square()).sum((0, 2))
+    return mean, (squares.sum((0, 2)) + between) / total
+
+
+class TransferQueue:
+    """Carries tiles between feature maps and the compute device.
+
+    Where feature maps wait in host memory and the device is CUDA, the next tile is brought while the
     current one is computed, through pinned buffers on streams of their own, one transfer per tile.
     """
 
@@ -154,12 +184,12 @@ class TransferQueue:
         if self.ahead:
             torch.cuda.current_stream(self.device).wait_stream(self._streams[0])
 
-    def fetch(self, plane: FeatureMap, rows: Interval, columns: Interval) -> Tensor:
-        """Return that part of the plane, `1 C h w`, as a new tensor on the compute device, after `feed` or `arrive`."""
-        size = 1, plane.channels, rows[1] - rows[0], columns[1] - columns[0]
-        crossing = self.ahead and plane.device.type == "cpu"
-        where = dict(dtype=plane.dtype, device=plane.device, pin_memory=crossing)
-        part = plane.read(rows, columns, torch.empty(size, memory_format=torch.channels_last, **where))
+    def fetch(self, feature_map: FeatureMap, rows: Interval, columns: Interval) -> Tensor:
+        """Return that part as a new tensor `1 C h w` on the compute device, after `feed` or `arrive`."""
+        size = 1, feature_map.channels, rows[1] - rows[0], columns[1] - columns[0]
+        crossing = self.ahead and feature_map.device.type == "cpu"
+        where = dict(dtype=feature_map.dtype, device=feature_map.device, pin_memory=crossing)
+        part = feature_map.read(rows, columns, torch.empty(size, memory_format=torch.channels_last, **where))
         if not crossing:
             return part.to(self.device)
         with torch.cuda.stream(self._streams[0]):
@@ -167,10 +197,10 @@ class TransferQueue:
         moved.record_stream(torch.cuda.current_stream(self.device))
         return moved
 
-    def store(self, plane: FeatureMap, rows: Interval, columns: Interval, tile: Tensor) -> None:
-        """Put a computed tile into its plane, now or by the next `flush`."""
-        if not (self.ahead and plane.device.type == "cpu"):
-            plane.write(rows, columns, tile)
+    def store(self, feature_map: FeatureMap, rows: Interval, columns: Interval, tile: Tensor) -> None:
+        """Put a computed tile into its feature map, now or by the next `flush`."""
+        if not (self.ahead and feature_map.device.type == "cpu"):
+            feature_map.write(rows, columns, tile)
             return
         self.flush(keep=1)
         out = self._streams[1]
@@ -182,12 +212,12 @@ class TransferQueue:
             tile.record_stream(out)
             done = torch.cuda.Event()
             done.record(out)
-        self._pending.append((done, plane, rows, columns, host))
+        self._pending.append((done, feature_map, rows, columns, host))
 
     def flush(self, keep: int = 0) -> None:
         """Wait until at most `keep` stored tiles are still on their way."""
         while len(self._pending) > keep:
-            done, plane, rows, columns, host = self._pending[0]
+            done, feature_map, rows, columns, host = self._pending[0]
             done.synchronize()
-            plane.write(rows, columns, host)
-            del self._pending[0]  # only now: the plane's memory may have run out
+            feature_map.write(rows, columns, host)
+            del self._pending[0]  # only now: the feature map's memory may have run out

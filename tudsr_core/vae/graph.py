@@ -1,8 +1,8 @@
-"""A Stable Diffusion autoencoder's encoder or decoder as one flat list of steps, whoever built its modules.
+"""A Stable Diffusion autoencoder's encoder or decoder as one flat list of layers, whoever built its modules.
 
 Reads the module trees of diffusers (`AutoencoderKL`) and of ComfyUI (`AutoencoderKL`,
 `AutoencodingEngine`). Modules are only named here, never copied: weights, patches and offloading
-stay theirs. Running the steps is `vae_stream`'s work. A tree that differs in anything that would
+stay theirs. Running the layers is `stream`'s work. A tree that differs in anything that would
 change the result raises `UnknownTree`.
 """
 
@@ -27,7 +27,7 @@ class Conv:
     `resample`: "up" doubles (nearest) before the convolution, "down" halves with a zero row below
     and a zero column right of the true border; both are inside `module`. `skip`: "open" puts x
     (through `shortcut`, a 1 x 1 convolution, if there is one) aside, "close" adds it and divides by
-    `divide`.
+    `divide`. `level`: the name of the level whose blocks end here (see `read_layers`), "" elsewhere.
     """
 
     module: nn.Module
@@ -36,6 +36,7 @@ class Conv:
     skip: Literal["", "open", "close"] = ""
     shortcut: nn.Module | None = None
     divide: float = 1.0
+    level: str = ""
 
     @property
     def halo(self) -> int:
@@ -64,6 +65,7 @@ class Attention:
     heads: int
     flat: bool
     divide: float = 1.0
+    level: str = ""
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -71,32 +73,71 @@ class Attention:
         return self.norm.num_channels, self.norm.num_channels
 
 
-Layer = Conv | Attention
+@dataclass(frozen=True)
+class Local(Conv):
+    """y = module(x) for any module of stride 1 that looks `radius` pixels far and sees zeros beyond the picture.
+
+    No norm and no attention inside: those are layers of their own. `width`: channels in and out.
+    """
+
+    radius: int = 0
+    width: tuple[int, int] = (0, 0)
+
+    @property
+    def halo(self) -> int:
+        """Real neighbours that the module needs on each side."""
+        return self.radius
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels in and out."""
+        return self.width
+
+
+@dataclass(frozen=True)
+class Join:
+    """y = cat([features, x], 1), the encoder's activations at `level` and the decoder's; x is put aside for `Add`."""
+
+    level: str
+    channels: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Add:
+    """y = what `Join` put aside + weight * x."""
+
+    weight: float
+    channels: tuple[int, int]
+
+
+Layer = Conv | Attention | Join | Add
 Side = Literal["encoder", "decoder"]
 
 
 def read_layers(vae: nn.Module, side: Side) -> list[Layer]:
-    """Return the steps of `vae.encoder` with its quant_conv, or of `vae.decoder` with its post_quant_conv.
+    """Return the layers of `vae.encoder` with its quant_conv, or of `vae.decoder` with its post_quant_conv.
 
-    The encoder's result are moments (mean and log variance). Raises UnknownTree.
+    The encoder's result are moments (mean and log variance). On both sides the layer before a level
+    changes size carries the level's name: "level 0" is the picture's size, "level 1" half of it, and
+    so on. Raises UnknownTree.
     """
     tree = getattr(vae, side, None)
     if not isinstance(tree, nn.Module):
         raise UnknownTree(f"{type(vae).__name__} has no {side}")
     try:
-        steps = list(_read_encoder(tree) if side == "encoder" else _read_decoder(tree))
+        layers = list(_read_encoder(tree) if side == "encoder" else _read_decoder(tree))
     except AttributeError as absent:
         raise UnknownTree(str(absent)) from absent
     name = "quant_conv" if side == "encoder" else "post_quant_conv"
     extra = getattr(vae, name, None)
     if extra is None:
-        return steps
+        return layers
     pointwise = Conv(_conv(extra, 1))
-    return [*steps, pointwise] if side == "encoder" else [pointwise, *steps]
+    return [*layers, pointwise] if side == "encoder" else [pointwise, *layers]
 
 
 def run_untiled(vae: nn.Module, side: Side, x: Tensor) -> Tensor:
-    """Return what the modules themselves give for x `B C H W`: the truth that the steps must equal."""
+    """Return what the modules themselves give for x `B C H W`: the truth that the layers must equal."""
     if side == "encoder":
         moments = vae.encoder(x)
         quant = getattr(vae, "quant_conv", None)
@@ -105,12 +146,12 @@ def run_untiled(vae: nn.Module, side: Side, x: Tensor) -> Tensor:
     return vae.decoder(x if post is None else post(x))
 
 
-def grids(steps: Iterable[Layer], start: Fraction) -> Iterator[tuple[Layer, Fraction]]:
-    """Yield each step with the scale of its output's grid; `start` is that of the input."""
+def grids(layers: Iterable[Layer], start: Fraction) -> Iterator[tuple[Layer, Fraction]]:
+    """Yield each layer with the scale of its output's grid; `start` is that of the input."""
     factor = {"": Fraction(1), "up": Fraction(2), "down": Fraction(1, 2)}
-    for step in steps:
-        start *= factor[getattr(step, "resample", "")]
-        yield step, start
+    for layer in layers:
+        start *= factor[getattr(layer, "resample", "")]
+        yield layer, start
 
 
 def _read_encoder(tree: nn.Module) -> Iterator[Layer]:
@@ -155,15 +196,23 @@ def _level_ldm(level: nn.Module, sampler: str) -> Level:
 
 
 def _read_levels(levels: list[Level], resample: Literal["up", "down"]) -> Iterator[Layer]:
-    for resnets, attentions, samplers in levels:
+    for number, (resnets, attentions, samplers) in enumerate(levels):
         if attentions and len(attentions) != len(resnets):
             raise UnknownTree("attentions and residual blocks do not pair up")
-        for number, block in enumerate(resnets):
-            yield from _read_resnet(block)
-            if attentions:
-                yield _read_attention(attentions[number])
+        layers = list(_read_blocks(resnets, attentions))
+        if layers:
+            depth = number if resample == "down" else len(levels) - 1 - number
+            layers[-1] = replace(layers[-1], level=f"level {depth}")
+        yield from layers
         for sampler in samplers:
             yield _read_sampler(sampler, resample)
+
+
+def _read_blocks(resnets: list[nn.Module], attentions: list[nn.Module]) -> Iterator[Layer]:
+    for number, block in enumerate(resnets):
+        yield from read_resnet(block)
+        if attentions:
+            yield _read_attention(attentions[number])
 
 
 def _read_middle(tree: nn.Module) -> Iterator[Layer]:
@@ -176,11 +225,11 @@ def _read_middle(tree: nn.Module) -> Iterator[Layer]:
         first, rest, attentions = tree.mid.block_1, [tree.mid.block_2], [tree.mid.attn_1]
     if len(rest) != len(attentions):
         raise UnknownTree("the middle block has another order")
-    yield from _read_resnet(first)
+    yield from read_resnet(first)
     for attention, block in zip(attentions, rest, strict=True):
         if attention is not None:
             yield _read_attention(attention)
-        yield from _read_resnet(block)
+        yield from read_resnet(block)
 
 
 def _read_end(tree: nn.Module) -> Layer:
@@ -189,7 +238,8 @@ def _read_end(tree: nn.Module) -> Layer:
     return Conv(_conv(tree.conv_out, 3), _norm(getattr(tree, "conv_norm_out", None) or tree.norm_out))
 
 
-def _read_resnet(block: nn.Module) -> Iterator[Layer]:
+def read_resnet(block: nn.Module) -> Iterator[Layer]:
+    """Yield the two layers of a residual block, diffusers' or ComfyUI's; raises UnknownTree."""
     _expect(block, "norm1 conv1 norm2 conv2", "dropout nonlinearity swish conv_shortcut nin_shortcut")
     activation = getattr(block, "nonlinearity", None) or getattr(block, "swish", None)
     if activation is not None and not isinstance(activation, nn.SiLU):

@@ -1,7 +1,7 @@
 """Purely local networks in tiles: with enough real neighbours around it, a tile gives exactly the untiled values.
 
 That holds for autoencoders without global operations (no GroupNorm, no attention), such as the
-embedded model's. Those with global operations are recognised; `vae_stream` is for them.
+embedded model's. Those with global operations are recognised; `stream` is for them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ReceptiveField:
 def measure_receptive_field(
     network: Network, channels: int, unit: int, like: Tensor, limit: int = 32
 ) -> ReceptiveField | None:
-    """Find the `Reach` of `network` by following one NaN, or None when it spreads everywhere.
+    """Find the `ReceptiveField` of `network` by following one NaN, or None when it spreads everywhere.
 
     NaN survives every operation, so the NaNs in the output of a picture with one bad block are
     exactly what can depend on that block. `unit` is the smallest block in input pixels (4 for an
@@ -63,7 +63,7 @@ def measure_receptive_field(
 def find_receptive_fields(
     vae: nn.Module, encode: Network, decode: Network, scale: int, latents: int, like: Tensor
 ) -> tuple[ReceptiveField | None, ReceptiveField | None]:
-    """Return the reach of `encode` and of `decode`; None, None without trying if `vae` has GroupNorm.
+    """Return the receptive field of `encode` and of `decode`; None, None without trying if `vae` has GroupNorm.
 
     `scale` is pixels per latent, `latents` the latent's channels; `like` gives device and dtype.
     """
@@ -82,53 +82,74 @@ def count_blocks(size: tuple[int, int], tile: int) -> int:
 def run_tiled(
     network: Network,
     image: Tensor,
-    reach: ReceptiveField | None,
+    receptive_field: ReceptiveField | None,
     tile: int,
     on_tile: Callable[[], None],
     is_out_of_memory: Callable[[BaseException], bool] = lambda error: False,
 ) -> Tensor:
     """Return `network(image)` computed in cores of `tile` input pixels plus the halo, one picture at a time.
 
-    Cores partition the input; each is read with `reach.halo` real neighbours, clipped at the true
+    Cores partition the input; each is read with `receptive_field.halo` real neighbours, clipped at the true
     borders, where the network's own zero padding applies as in the untiled run. When memory runs
-    out, cores are halved from there on, down to a few latents. Without a reach, pictures are whole.
+    out, cores are halved from there on, down to a few latents. Without a receptive field, pictures are whole.
     `on_tile` is called once per core of `tile`, or per picture.
     """
-    if reach is None:
+    if receptive_field is None:
         results = []
         for one in image.split(1):
             results.append(network(one))
             on_tile()
         return results[0] if len(results) == 1 else torch.cat(results)
     batch, _, height, width = image.shape
-    smallest, side, output = SMALLEST_SIDE * reach.scale.denominator, tile, None
+    cores, output = _Cores(network, receptive_field, tile, is_out_of_memory), None
     for index in range(batch):
         for whole in _cut((0, height, 0, width), tile):
-            boxes = [whole]
-            while boxes:
-                box = boxes.pop()
-                if max(box[1] - box[0], box[3] - box[2]) > side:
-                    boxes += reversed(list(_cut(box, side)))
-                    continue
-                core = None
-                # The except block must end before anything is tried again: the traceback keeps tensors alive.
-                try:
-                    core = _run_core(network, image[index : index + 1], box, reach)
-                except RuntimeError as error:
-                    if side <= smallest or not is_out_of_memory(error):
-                        raise
-                if core is None:
-                    side = max(smallest, side // 2 // smallest * smallest)
-                    log.warning("out of memory in the autoencoder: going on with tiles of %d", side)
-                    boxes.append(box)
-                    continue
+            for box, core in cores.run(image[index : index + 1], whole):
                 if output is None:
-                    size = int(height * reach.scale), int(width * reach.scale)
+                    size = int(height * receptive_field.scale), int(width * receptive_field.scale)
                     output = core.new_empty(batch, core.shape[1], *size)
-                y, x = int(box[0] * reach.scale), int(box[2] * reach.scale)
+                y, x = int(box[0] * receptive_field.scale), int(box[2] * receptive_field.scale)
                 output[index, :, y : y + core.shape[-2], x : x + core.shape[-1]] = core[0]
+                del core  # not beside the next one
             on_tile()
     return output
+
+
+class _Cores:
+    """Runs a local network over boxes; `side` is the largest core that has not run out of memory."""
+
+    def __init__(
+        self,
+        network: Network,
+        receptive_field: ReceptiveField,
+        side: int,
+        is_out_of_memory: Callable[[BaseException], bool],
+    ) -> None:
+        self.network, self.receptive_field, self.side = network, receptive_field, side
+        self.is_out_of_memory = is_out_of_memory
+
+    def run(self, image: Tensor, whole: Box) -> Iterator[tuple[Box, Tensor]]:
+        """Yield parts of `whole`, in reading order, with their results `1 C h w`."""
+        smallest = SMALLEST_SIDE * self.receptive_field.scale.denominator
+        boxes = [whole]
+        while boxes:
+            box = boxes.pop()
+            if max(box[1] - box[0], box[3] - box[2]) > self.side:
+                boxes += reversed(list(_cut(box, self.side)))
+                continue
+            core = None
+            # The except block must end before anything is tried again: the traceback keeps tensors alive.
+            try:
+                core = _run_core(self.network, image, box, self.receptive_field)
+            except RuntimeError as error:
+                if self.side <= smallest or not self.is_out_of_memory(error):
+                    raise
+            if core is None:
+                self.side = max(smallest, self.side // 2 // smallest * smallest)
+                log.warning("out of memory in the autoencoder: going on with tiles of %d", self.side)
+                boxes.append(box)
+                continue
+            yield box, core
 
 
 def _cut(box: Box, side: int) -> Iterator[Box]:
@@ -139,11 +160,11 @@ def _cut(box: Box, side: int) -> Iterator[Box]:
             yield top, min(top + side, y1), left, min(left + side, x1)
 
 
-def _run_core(network: Network, image: Tensor, box: Box, reach: ReceptiveField) -> Tensor:
+def _run_core(network: Network, image: Tensor, box: Box, receptive_field: ReceptiveField) -> Tensor:
     (height, width), (top, bottom, left, right) = image.shape[-2:], box
-    y0, x0 = max(0, top - reach.halo), max(0, left - reach.halo)
-    y1, x1 = min(height, bottom + reach.halo), min(width, right + reach.halo)
+    y0, x0 = max(0, top - receptive_field.halo), max(0, left - receptive_field.halo)
+    y1, x1 = min(height, bottom + receptive_field.halo), min(width, right + receptive_field.halo)
     result = network(image[..., y0:y1, x0:x1])
-    start_y, start_x = int((top - y0) * reach.scale), int((left - x0) * reach.scale)
-    core_h, core_w = int((bottom - top) * reach.scale), int((right - left) * reach.scale)
+    start_y, start_x = int((top - y0) * receptive_field.scale), int((left - x0) * receptive_field.scale)
+    core_h, core_w = int((bottom - top) * receptive_field.scale), int((right - left) * receptive_field.scale)
     return result[..., start_y : start_y + core_h, start_x : start_x + core_w]

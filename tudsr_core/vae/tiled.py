@@ -1,16 +1,16 @@
 """The one way through an autoencoder: encode and decode of any size in tiles, equal to the untiled network.
 
-Chooses how, per autoencoder: Stable Diffusion's are streamed step by step (`vae_graph`,
-`vae_stream`), purely local ones such as the embedded model's run as tiles with a halo
-(`vae_reach`), and what is neither runs on the whole picture and says so.
+Chooses how, per autoencoder: Stable Diffusion's are streamed layer by layer (`graph`,
+`stream`), purely local ones such as the embedded model's run as tiles with a halo
+(`receptive_field`), and what is neither runs on the whole picture and says so.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import prod
@@ -20,10 +20,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .graph import Layer, Side, UnknownTree, grids, read_layers
+from .feature_maps import FeatureMap
+from .fusion import Features, Fusions, check_features, check_levels, fused_levels, with_fusions
+from .graph import Layer, Side, UnknownTree, read_layers
+from .memory import kept_channels, live_channels, tile_bytes
 from .receptive_field import Network, ReceptiveField, find_receptive_fields, run_tiled
 from .receptive_field import count_blocks as count_local_tiles
-from .stream import ComputeTarget, VAETiling, count_tiles, run_layers
+from .settings import ComputeTarget, VAETiling
+from .stream import count_tiles, run_layers
 
 log = logging.getLogger(__name__)
 
@@ -55,96 +59,134 @@ class TiledVAE:
     """An autoencoder of any kind, encoded and decoded in tiles.
 
     `scale`: pixels per latent. `latents`: channels of a latent. `free_bytes` says how much of the
-    device's memory is free, for `Tiling.planes` "auto". Whatever runs out of memory raises
+    device's memory is free, for `VAETiling.planes` "auto". Whatever runs out of memory raises
     MemoryError in the end; smaller tiles are tried first.
     """
 
     def __init__(
         self,
         vae: nn.Module,
-        doors: VAECallables,
+        callables: VAECallables,
         scale: int,
         latents: int,
-        place: ComputeTarget,
+        target: ComputeTarget,
         free_bytes: Callable[[], int],
     ) -> None:
-        self.vae, self.doors, self.scale, self.latents = vae, doors, scale, latents
-        self.place, self.free_bytes = place, free_bytes
+        self.vae, self.callables, self.scale, self.latents = vae, callables, scale, latents
+        self.target, self.free_bytes = target, free_bytes
 
     @cached_property
-    def steps(self) -> dict[Side, list[Layer]]:
-        """Encoder and decoder as steps; a side is missing if it cannot be streamed."""
+    def layers(self) -> dict[Side, list[Layer]]:
+        """Encoder and decoder as layers; a side is missing if it cannot be streamed."""
         try:
             return {side: read_layers(self.vae, side) for side in ("encoder", "decoder")}
         except UnknownTree as unknown:
-            if not all(self.reaches):
+            if not all(self.receptive_fields):
                 log.warning("this autoencoder cannot be tiled exactly (%s); it runs on whole pictures", unknown)
             return {}
 
     @property
     def tiling(self) -> VAETiling:
         """What is used when nothing else is asked for: on a CPU small tiles, which its caches like better."""
-        return VAETiling(128) if self.steps and self.place.device.type == "cpu" else VAETiling()
+        return VAETiling(128) if self.layers and self.target.device.type == "cpu" else VAETiling()
 
     @cached_property
-    def reaches(self) -> tuple[ReceptiveField | None, ReceptiveField | None]:
-        """`Reach` of encoder and decoder, None where the network is not local."""
-        networks = self.vae, self.doors.encode, self.doors.decode
+    def receptive_fields(self) -> tuple[ReceptiveField | None, ReceptiveField | None]:
+        """`ReceptiveField` of encoder and decoder, None where the network is not local."""
+        networks = self.vae, self.callables.encode, self.callables.decode
         return self._guarded(lambda: find_receptive_fields(*networks, self.scale, self.latents, torch.zeros(1)))
 
     @property
     def is_tiled(self) -> bool:
         """Whether device memory is bounded by the tile, not by the picture."""
-        return len(self.steps) == 2 or all(self.reaches)
+        return len(self.layers) == 2 or all(self.receptive_fields)
 
     def encode(
         self, pixels: Tensor, on_tile: Callable[[], None], tiling: VAETiling | None = None, seed: int | None = None
     ) -> Tensor:
         """Return latents, unscaled float32 on the CPU, of `B 3 H W` in 0..1: of a posterior the mode, or a draw."""
-        tiling = tiling or self.tiling
-        return self._guarded(lambda: self._run("encoder", pixels, on_tile, tiling, seed))
+        return self.encode_with_features(pixels, (), on_tile, tiling, seed)[0]
 
-    def decode(self, z: Tensor, on_tile: Callable[[], None], tiling: VAETiling | None = None) -> Tensor:
-        """Return pixels `B 3 H W`, nominally 0..1, float32 on the CPU, of unscaled latents."""
-        tiling = tiling or self.tiling
-        return self._guarded(lambda: self._run("decoder", z, on_tile, tiling))
+    def encode_with_features(
+        self,
+        pixels: Tensor,
+        keep: Iterable[str],
+        on_tile: Callable[[], None],
+        tiling: VAETiling | None = None,
+        seed: int | None = None,
+    ) -> tuple[Tensor, Features]:
+        """Return what `encode` does, and the encoder's activations at the end of the levels `keep`.
 
-    def count(self, side: Side, size: tuple[int, int], tiling: VAETiling | None = None) -> int:
+        Those are a `C H W` for each picture, in the dtype and where they were computed to wait: host
+        memory or the device, see `VAETiling.planes`. Raises ValueError for levels that there are not.
+        """
+        extras = _Extras(seed, {level: [] for level in keep})
+        z = self._guarded(lambda: self._run("encoder", pixels, on_tile, tiling or self.tiling, extras))
+        return z, extras.keep
+
+    def decode(
+        self,
+        z: Tensor,
+        on_tile: Callable[[], None],
+        tiling: VAETiling | None = None,
+        fuse: Fusions | None = None,
+        features: Features | None = None,
+    ) -> Tensor:
+        """Return pixels `B 3 H W`, nominally 0..1, float32 on the CPU, of unscaled latents.
+
+        `fuse`: what is fused with the decoder's activations, by level, and `features` what
+        `encode_with_features` kept there; they can be used again. Raises ValueError if they do not fit.
+        """
+        extras = _Extras(fuse=fuse or {}, features=features or {})
+        return self._guarded(lambda: self._run("decoder", z, on_tile, tiling or self.tiling, extras))
+
+    def count(
+        self, side: Side, size: tuple[int, int], tiling: VAETiling | None = None, fuse: Fusions | None = None
+    ) -> int:
         """Return how often `on_tile` will be called for one picture of `size` pixels."""
         tiling = tiling or self.tiling
-        if side in self.steps:
+        if side in self.layers:
             start = self._start(side)
-            return count_tiles(self.steps[side], start, tuple(int(length * start) for length in size), tiling)
-        return count_local_tiles(size, tiling.tile_px) if self.reaches[side == "decoder"] else 1
+            return count_tiles(self._layers(side, fuse), start, tuple(int(length * start) for length in size), tiling)
+        return count_local_tiles(size, tiling.tile_px) if self.receptive_fields[side == "decoder"] else 1
 
-    def tile_bytes(self, tiling: VAETiling | None = None) -> int:
+    def tile_bytes(self, tiling: VAETiling | None = None, fuse: Fusions | None = None) -> int:
         """Return the peak memory of one tile on the device."""
         tiling = tiling or self.tiling
-        return max(
-            (_tile_bytes(self.steps[s], self._start(s), tiling, self.place.dtype) for s in self.steps), default=0
-        )
+        sides = ((self._layers(side, fuse), self._start(side)) for side in self.layers)
+        return max((tile_bytes(*layers, tiling, self.target.dtype) for layers in sides), default=0)
 
-    def plane_bytes(self, pixels: int, side: Side | None = None) -> int:
-        """Return the memory of the activations of a picture of so many pixels between passes."""
-        half = self.place.dtype == torch.float16
-        sides = [side] if side else list(self.steps)
-        channels = max((_live_channels(self.steps[s], self._start(s), half) for s in sides), default=0)
-        return int(channels * pixels * self.place.dtype.itemsize)
+    def feature_map_bytes(self, pixels: int, side: Side | None = None, fuse: Fusions | None = None) -> int:
+        """Return the memory of the activations of a picture of so many pixels between passes, with features."""
+        levels = fused_levels(fuse or {})
+        live = {one: self._live_bytes(one, fuse, levels) for one in ([side] if side else self.layers)}
+        if levels and "decoder" in live and "encoder" in self.layers:
+            live["decoder"] += kept_channels(self.layers["encoder"], levels) * self.target.dtype.itemsize
+        return int(max(live.values(), default=0) * pixels)
+
+    def _live_bytes(self, side: Side, fuse: Fusions | None, keep: Iterable[str]) -> Fraction:
+        """Return bytes per pixel of the picture; a decoder finds its features there, an encoder's stay."""
+        half, kept = self.target.dtype == torch.float16, set(keep) if side == "encoder" else ()
+        return live_channels(self._layers(side, fuse), self._start(side), half, kept) * self.target.dtype.itemsize
+
+    def _layers(self, side: Side, fuse: Fusions | None) -> list[Layer]:
+        return with_fusions(self.layers[side], fuse) if fuse and side == "decoder" else self.layers[side]
 
     @torch.no_grad()
-    def _run(
-        self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: VAETiling, seed: int | None = None
-    ) -> Tensor:
+    def _run(self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: VAETiling, extras: _Extras) -> Tensor:
         if self._streams(side):
-            self.doors.load(2 * self.tile_bytes(tiling))
-            return self._stream(side, x, on_tile, tiling, seed)
-        reach = self.reaches[side == "decoder"]
-        if seed is not None and reach is None:
+            check_levels(self.layers[side], extras.keep)
+            self.callables.load(2 * self.tile_bytes(tiling, extras.fuse))
+            return self._stream(side, x, on_tile, tiling, extras)
+        if extras.keep or fused_levels(extras.fuse):
+            raise ValueError(f"the activations of this autoencoder's {side} are not known; it cannot be fused with")
+        receptive_field = self.receptive_fields[side == "decoder"]
+        if extras.seed is not None and receptive_field is None:
             log.warning("this autoencoder runs on whole pictures: the posterior's mode is used, not a sample")
-        network, tile = self.doors.encode, tiling.tile_px
+        network, tile = self.callables.encode, tiling.tile_px
         if side == "decoder":
-            network, tile = self.doors.decode, tiling.tile_px // self.scale
-        return run_tiled(network, x, reach, tile, on_tile, self.place.is_out_of_memory)
+            network, tile = self.callables.decode, tiling.tile_px // self.scale
+        return run_tiled(network, x, receptive_field, tile, on_tile, self.target.is_out_of_memory)
 
     def _guarded(self, call: Callable[[], Result]) -> Result:
         """Return the call's result; raises MemoryError, in one line, for what is out of memory at last."""
@@ -152,7 +194,7 @@ class TiledVAE:
         try:
             return call()
         except RuntimeError as error:
-            if not self.place.is_out_of_memory(error):
+            if not self.target.is_out_of_memory(error):
                 raise
         raise MemoryError("out of memory in the autoencoder; close other programs, or use smaller tiles or pictures")
 
@@ -160,75 +202,91 @@ class TiledVAE:
         """Return the grid of the encoder's or decoder's input; owners that pack latents have a coarser one."""
         if side == "encoder":
             return Fraction(1)
-        return Fraction(1, prod(2 for step in self.steps[side] if getattr(step, "resample", "") == "up"))
+        return Fraction(1, prod(2 for layer in self.layers[side] if getattr(layer, "resample", "") == "up"))
 
-    def _stream(
-        self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: VAETiling, seed: int | None = None
-    ) -> Tensor:
-        """Return the owner's own result, with the steps in the place of its encoder or decoder."""
+    def _stream(self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: VAETiling, extras: _Extras) -> Tensor:
+        """Return the owner's own result, with the layers in the place of its encoder or decoder."""
         # A posterior's moments are twice the channels that the decoder takes.
+        seed = extras.seed
         latents = read_layers(self.vae, "decoder")[0].channels[0] if seed is not None else 0
 
         def run(inner: Tensor) -> Tensor:
-            y = self._run_steps(side, inner, on_tile, tiling)
+            y = self._run_layers(side, inner, on_tile, tiling, extras)
             return y if seed is None else torch.cat([posterior_latent(y, latents, seed), y[:, latents:]], 1)
 
         core = _Core(run)
-        through = self.doors.encode_with if side == "encoder" else self.doors.decode_with
+        through = self.callables.encode_with if side == "encoder" else self.callables.decode_with
         result = through(_with_core(self.vae, side, core), x)
         if not core.calls:
             raise UnknownTree(f"{type(self.vae).__name__} does not call its {side}")
         return result
 
-    def _run_steps(self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: VAETiling) -> Tensor:
-        start = self._start(side)
+    def _run_layers(
+        self, side: Side, x: Tensor, on_tile: Callable[[], None], tiling: VAETiling, extras: _Extras
+    ) -> Tensor:
+        start, layers = self._start(side), self._layers(side, extras.fuse)
+        check_features(layers, start, tuple(x.shape[-2:]), len(x), extras.features)
         if tiling.planes == "auto":
             area = int(x.shape[-2] * x.shape[-1] / start**2)
-            needed = self.plane_bytes(area, side) + 2 * self.tile_bytes(tiling)
-            fits = self.place.device.type == "cpu" or needed < self.free_bytes()
+            needed = int(self._live_bytes(side, extras.fuse, extras.keep) * area)
+            needed += 2 * self.tile_bytes(tiling, extras.fuse)
+            fits = self.target.device.type == "cpu" or needed < self.free_bytes()
             tiling = replace(tiling, planes="device" if fits else "host")
-        parts = [run_layers(self.steps[side], start, one, self.place, tiling, on_tile) for one in x.split(1)]
+        parts = []
+        for number, one in enumerate(x.split(1)):
+            features = {level: extras.features[level][number] for level in fused_levels(extras.fuse)}
+            parts.append(run_layers(layers, start, one, self.target, tiling, on_tile, features, extras.keep))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _streams(self, side: Side) -> bool:
-        """Whether to stream: the tree is known, and on a small probe the steps give the owner's own result."""
-        if side not in self.steps:
+        """Whether to stream: the tree is known, and on a small probe the layers give the owner's own result."""
+        if side not in self.layers:
             return False
         proven = _proven.setdefault(self.vae, set())
         if side not in proven:
             if reason := self._difference(side):
                 log.warning(
-                    "the %s's steps do not give its owner's result (%s); it runs on whole pictures", side, reason
+                    "the %s's layers do not give its owner's result (%s); it runs on whole pictures", side, reason
                 )
-                del self.steps[side]
+                del self.layers[side]
                 return False
             proven.add(side)
         return True
 
     def _difference(self, side: Side) -> str:
-        """Say how steps and owner differ on a small picture of noise, "" if they do not."""
+        """Say how layers and owner differ on a small picture of noise, "" if they do not."""
         generator = torch.Generator().manual_seed(0)
         if side == "encoder":
             probe = torch.rand(1, 3, 3 * self.scale, 2 * self.scale, generator=generator)
-            truth = self.doors.encode(probe)
+            truth = self.callables.encode(probe)
         else:
             probe = torch.randn(1, self.latents, 3, 2, generator=generator)
-            truth = self.doors.decode(probe)
+            truth = self.callables.decode(probe)
         try:
-            ours = self._stream(side, probe, lambda: None, VAETiling(self.scale, "device"))
+            ours = self._stream(side, probe, lambda: None, VAETiling(self.scale, "device"), _Extras())
         except MemoryError:
             raise
         except Exception as error:  # whatever an owner makes of an encoder that is none of its own
-            if self.place.is_out_of_memory(error):
+            if self.target.is_out_of_memory(error):
                 raise
             return f"{type(error).__name__}: {error}"
         if ours.shape != truth.shape:
             return f"{tuple(ours.shape)} instead of {tuple(truth.shape)}"
-        # float16 may overflow untiled, where the steps do not.
+        # float16 may overflow untiled, where the layers do not.
         known = truth.isfinite()
         error, most = (ours - truth)[known].abs(), truth[known].abs()
-        bound = TOLERANCE.get(self.place.dtype, 0.1)
+        bound = TOLERANCE.get(self.target.dtype, 0.1)
         return f"off by {error.max():.2g}" if known.any() and not error.max() <= bound * most.max() else ""
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What one encode or decode does beyond the plain one; `keep` is filled."""
+
+    seed: int | None = None
+    keep: dict[str, list[FeatureMap]] = field(default_factory=dict)
+    fuse: Fusions = field(default_factory=dict)
+    features: Features = field(default_factory=dict)
 
 
 class _Core(nn.Module):
@@ -259,31 +317,3 @@ def posterior_latent(moments: Tensor, latents: int, seed: int | None) -> Tensor:
         return mean
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
     return mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
-
-
-def _tile_bytes(steps: list[Layer], start: Fraction, tiling: VAETiling, dtype: torch.dtype) -> int:
-    """A tile's input in the planes' and the norm's dtype, the convolution's two ends, and the statistics' copy."""
-    wide = max(4, dtype.itemsize)
-    largest = 0
-    for step, scale in grids(steps, start):
-        inside, outside = step.channels
-        if getattr(step, "resample", "") == "up":
-            inside *= 1.25
-        area = (tiling.tile_px * scale + 2) ** 2
-        largest = max(largest, area * (inside * (wide + dtype.itemsize) + outside * (wide + 2 * dtype.itemsize)))
-    return int(largest)
-
-
-def _live_channels(steps: list[Layer], start: Fraction, whole_input: bool) -> Fraction:
-    """Channels per pixel of the picture that wait at once, at most; inputs are freed as they are used."""
-    x, skip, most = Fraction(0), Fraction(0), Fraction(0)
-    for step, scale in grids(steps, start):
-        y, role, before = step.channels[1] * scale**2, getattr(step, "skip", ""), x + skip
-        if role == "open":
-            skip = x if step.shortcut is None else step.shortcut.out_channels * scale**2
-        elif role == "close":
-            skip = Fraction(0)
-        aside = skip if role == "open" and step.shortcut is not None else 0
-        most = max(most, before + y + aside if whole_input else max(before, y + skip))
-        x = y
-    return most

@@ -26,7 +26,7 @@ def local_decoder():
 
 
 @torch.no_grad()
-def test_reach_follows_the_kernels():
+def test_receptive_field_follows_the_kernels():
     like = torch.zeros(1).double()
     decoder = measure_receptive_field(local_decoder(), 4, 1, like)
     # 7 x 7 at full size reaches 3 pixels = 1 latent, and the 3 x 3 before it one more.
@@ -47,10 +47,10 @@ def test_global_networks_are_recognised():
 def test_tiled_equals_untiled(size, tile, noise):
     pictures, calls = noise(2, 3, *size).double(), []
     encoder = local_encoder()
-    reach = measure_receptive_field(encoder, 3, 4, pictures)
-    tiled = run_tiled(encoder, pictures, reach, tile, lambda: calls.append(1))
+    receptive_field = measure_receptive_field(encoder, 3, 4, pictures)
+    tiled = run_tiled(encoder, pictures, receptive_field, tile, lambda: calls.append(1))
     assert (tiled - encoder(pictures)).abs().max() < 1e-12
     assert len(calls) == 2 * count_blocks(size, tile)
     z, decoder = noise(2, 4, *size).double(), local_decoder()
-    reach = measure_receptive_field(decoder, 4, 1, z)
-    assert (run_tiled(decoder, z, reach, tile, lambda: None) - decoder(z)).abs().max() < 1e-12
+    receptive_field = measure_receptive_field(decoder, 4, 1, z)
+    assert (run_tiled(decoder, z, receptive_field, tile, lambda: None) - decoder(z)).abs().max() < 1e-12
