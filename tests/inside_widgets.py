@@ -102,7 +102,7 @@ def check_masks_sizes_and_timesteps_are_part_of_what_is_kept():
 
 
 def check_nothing_is_kept_beyond_its_picture():
-    kept = part("nodes.upscale")._kept._by_image
+    kept = part("nodes.upscale")._results._by_image
     gc.collect()
     before, image = len(kept), picture(1, 16, 16)
     upscale(2.0, image)

@@ -38,15 +38,17 @@ class ExactVAE:
         self.vae = vae
         self.scale = vae.spacial_compression_encode()
         own = _without_tiles(vae)
-        doors = VAECallables(
+        callables = VAECallables(
             encode=lambda pixels: own.encode(pixels.movedim(1, -1)).float().cpu(),
             decode=lambda z: own.decode(z).movedim(-1, 1).float().cpu(),
             encode_with=lambda network, pixels: network.encode(vae.process_input(pixels)),
             decode_with=lambda network, z: vae.process_output(network.decode(z)),
             load=self._load,
         )
-        place = ComputeTarget(vae.device, vae.vae_dtype, is_out_of_memory)
-        self.tiled = TiledVAE(vae.first_stage_model, doors, self.scale, vae.latent_channels, place, self._free_bytes)
+        target = ComputeTarget(vae.device, vae.vae_dtype, is_out_of_memory)
+        self.tiled = TiledVAE(
+            vae.first_stage_model, callables, self.scale, vae.latent_channels, target, self._free_bytes
+        )
 
     def encode(
         self, pixels: Tensor, on_tile: Callable[[], None], tiling: VAETiling | None = None, seed: int | None = None
