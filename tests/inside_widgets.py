@@ -6,9 +6,8 @@ COMFYUI_PYTHON tests/inside_widgets.py COMFYUI_PATH FILES     prints one JSON ob
 import gc
 import math
 
-import inside_comfyui as base  # first: it makes ComfyUI importable
-from inside_comfyui import NODES, embedded, part, picture, stub_model, upscale
-from inside_tiled import refused
+import inside as base  # first: it makes ComfyUI importable
+from inside import NODES, embedded, part, picture, refused, stub_model, upscale
 
 import comfy.model_base
 import torch
