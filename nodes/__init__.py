@@ -1,10 +1,34 @@
-"""The list of node classes: the pack's table of contents for ComfyUI."""
+"""The pack as ComfyUI sees it: node classes, their inputs, help pages (`web/docs`) and the browser's part (`web/js`).
+
+Owns: what a node is called, which inputs it has and in which order, and how these become a call of the
+core. `host/` holds what talks to ComfyUI's internals, `inputs.py` what several nodes ask for.
+
+Must not know: how a picture is made (`tudsr_core`, seen only through its rooms' public names),
+diffusers, and the command line. Importing this package imports nothing of ComfyUI.
+"""
 
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 
 log = logging.getLogger(__name__)
+
+# Every node class by module, in the order in which ComfyUI is told of them.
+NODES = (
+    ("loaders", "LoadEmbedded LoadAdapter"),
+    ("upscale", "Upscale StageOne StageTwo"),
+    ("plan", "Plan"),
+    ("one_step", "OneStepSigmas OneStepLatent"),
+    ("multidiffusion", "MultiDiffusion"),
+    ("vae", "VAEEncode VAEDecode"),
+    ("tile_plan", "PlanTiles TileImages"),
+    ("prompters", "ClipTags"),
+    ("taggers", "LoadDape LoadCaptioner"),
+    ("tile_prompts", "ExtractTilePrompts TilePromptsFromStrings"),
+    ("regions", "RegionConditioning"),
+    ("images", "ColorFix"),
+)
 
 
 def load_extension():
@@ -13,49 +37,20 @@ def load_extension():
         from comfy_api.latest import ComfyExtension
 
         from .host.messages import shows_warnings
-        from .images import ColorFix
-        from .loaders import LoadAdapter, LoadEmbedded
-        from .multidiffusion import MultiDiffusion
-        from .one_step import OneStepLatent, OneStepSigmas
-        from .plan import Plan
-        from .prompters import ClipTags
-        from .regions import RegionConditioning
-        from .taggers import LoadCaptioner, LoadDape
-        from .tile_plan import PlanTiles, TileImages
-        from .tile_prompts import ExtractTilePrompts, TilePromptsFromStrings
-        from .upscale import StageOne, StageTwo, Upscale
-        from .vae import VAEDecode, VAEEncode
+
+        nodes = [
+            shows_warnings(getattr(import_module(f".{module}", __name__), name))
+            for module, names in NODES
+            for name in names.split()
+        ]
     except Exception:
         log.exception("comfyui-tudsr could not be loaded")
         raise
-
-    nodes = [
-        LoadEmbedded,
-        LoadAdapter,
-        Upscale,
-        StageOne,
-        StageTwo,
-        Plan,
-        OneStepSigmas,
-        OneStepLatent,
-        MultiDiffusion,
-        VAEEncode,
-        VAEDecode,
-        PlanTiles,
-        TileImages,
-        ClipTags,
-        LoadDape,
-        LoadCaptioner,
-        ExtractTilePrompts,
-        TilePromptsFromStrings,
-        RegionConditioning,
-        ColorFix,
-    ]
 
     class TUDSRExtension(ComfyExtension):
         """Gives ComfyUI the node classes."""
 
         async def get_node_list(self):
-            return [shows_warnings(node) for node in nodes]
+            return nodes
 
     return TUDSRExtension()

@@ -13,11 +13,11 @@ from comfy_execution.graph import ExecutionBlocker
 from ..tudsr_core.methods import METHODS
 from ..tudsr_core.untrusted import shown
 from ..tudsr_core.weights import SUFFIXES, CheckpointError, embedded_path, read_adapter, read_model, where_to_get
-from .host.adapters import ManagedPredictor, VAEChange, apply, apply_to_unet, low_patches, unet_keys, with_change
+from .host.adapters import ManagedPredictor, VAEChange, apply, apply_to_unet, lora_patches, unet_keys, with_change
 from .host.embedded import UNET_PREFIX, build
 from .host.model_files import find_below, list_below, model_roots
 from .host.stages import StageFacts, attach
-from .inputs import CATEGORY
+from .inputs import CATEGORY, float_input
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +85,7 @@ def _adapter_inputs() -> list:
             tooltip="Which stage it was trained for. Files of this pack say so themselves; "
             "for published folders choose it here.",
         ),
-        io.Float.Input(
-            "strength",
-            default=1.0,
-            min=0.0,
-            max=2.0,
-            step=0.01,
-            tooltip="1 is as trained. Lower for a gentler, higher for a stronger effect.",
-        ),
+        float_input("strength", 1.0, "1 is as trained. Lower for a gentler, higher for a stronger effect.", most=2.0),
     ]
 
 
@@ -115,25 +108,21 @@ def _method_inputs() -> list:
             optional=True,
             tooltip="InvSR only: network evaluations per tile. Raise it for more detail, at that many times the time.",
         ),
-        io.Float.Input(
+        float_input(
             "fidelity",
-            default=1.0,
-            min=0.0,
-            max=2.0,
-            step=0.01,
-            optional=True,
-            tooltip="PiSA-SR only: weight of the pixel-level part. Raise it to remove more degradation, lower "
+            1.0,
+            "PiSA-SR only: weight of the pixel-level part. Raise it to remove more degradation, lower "
             "it to stay closer to the input. Other values than detail's take two evaluations per tile.",
-        ),
-        io.Float.Input(
-            "detail",
-            default=1.0,
-            min=0.0,
-            max=2.0,
-            step=0.01,
+            most=2.0,
             optional=True,
-            tooltip="PiSA-SR only: weight of the semantic part. Raise it for more invented texture, lower it "
+        ),
+        float_input(
+            "detail",
+            1.0,
+            "PiSA-SR only: weight of the semantic part. Raise it for more invented texture, lower it "
             "for a plainer picture.",
+            most=2.0,
+            optional=True,
         ),
     ]
 
@@ -206,7 +195,7 @@ class LoadAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         number = _stage_number(stage)
         loaded = read_adapter(find_adapter(adapter), None if method == "from file" else method, number)
-        removed = low_patches(loaded.detail, unet_keys(model))
+        removed = lora_patches(loaded.detail, unet_keys(model))
         facts = StageFacts(
             adapter,
             loaded.stage,

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..tudsr_core.tiling import Tile, TileBlender, TilePlan, Window, fit_overlap, plan_tiles
 from .host.conditions import HintCache, crop_conds, is_spatial
 from .host.networks import batches_tiles, estimate_memory_for, pixels_per_latent
-from .host.tile_texts import TilePromptsType, TileTexts
-from .inputs import CATEGORY, TILE_BATCH_SAYS, sampling_tile_inputs, tile_inputs
+from .host.tile_texts import TileTexts
+from .inputs import CATEGORY, TILE_BATCH_SAYS, sampling_tile_inputs, switch_input, tile_inputs, tile_prompt_inputs
 
 KEY = "tudsr_multidiffusion"
 
@@ -58,15 +58,15 @@ class TiledPrediction:
         if self.jitter:
             plan = self._shifted(plan, float(timestep[0]))
         spatial = is_spatial(conds, x_in.shape)
-        canvases = [TileBlender(plan, self.window) for _ in conds]
+        blenders = [TileBlender(plan, self.window) for _ in conds]
         for tiles in plan.batches(1 if spatial or not batches_tiles(x_in) else self.batch):
             for group, cut in self._conditions(conds, tiles, x_in, spatial):
                 parts = torch.cat([tile.cut(x_in) for tile in group])
                 results = executor(model, cut, parts, timestep.repeat(len(group)), model_options)
-                for canvas, result in zip(canvases, results, strict=True):
+                for blender, result in zip(blenders, results, strict=True):
                     for tile, value in zip(group, result.chunk(len(group)), strict=True):
-                        canvas.add(tile, value)
-        return [canvas.result().to(x_in.dtype) for canvas in canvases]
+                        blender.add(tile, value)
+        return [blender.result().to(x_in.dtype) for blender in blenders]
 
     def _conditions(
         self, conds: list, tiles: list[Tile], x_in: Tensor, spatial: bool
@@ -148,18 +148,15 @@ class MultiDiffusion(io.ComfyNode):
                 *sampling_tile_inputs(),
                 tile_batch,
                 window,
-                io.Boolean.Input(
+                switch_input(
                     "jitter",
-                    default=False,
-                    tooltip="Shift the grid a little at every step. Turn it on if many steps leave a visible grid.",
+                    False,
+                    "Shift the grid a little at every step. Turn it on if many steps leave a visible grid.",
                 ),
-                TilePromptsType.Input(
-                    "tile_prompts",
-                    optional=True,
-                    tooltip="One prompt per tile. Its plan replaces tile and overlap, its texts replace the "
-                    "sampler's positive prompt, and its negative (unless empty) the sampler's negative.",
+                *tile_prompt_inputs(
+                    "One prompt per tile. Its plan replaces tile and overlap, its texts replace the "
+                    "sampler's positive prompt, and its negative (unless empty) the sampler's negative."
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="The model's text encoder; needed with tile_prompts."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The MODEL in tiles, for any sampler.")],
         )

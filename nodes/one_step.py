@@ -8,8 +8,7 @@ from comfy_api.latest import io
 from ..tudsr_core.diffusion import comfy_start_scale, from_noise_level, scaled_linear
 from ..tudsr_core.methods import METHODS
 from .host.stages import trained_facts
-from .inputs import CATEGORY
-from .upscale import timestep_input
+from .inputs import CATEGORY, timestep_input
 
 
 class OneStepSigmas(io.ComfyNode):

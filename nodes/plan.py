@@ -15,8 +15,8 @@ from ..tudsr_core.pictures import resize
 from ..tudsr_core.tiling import TilePlan
 from .host.stages import build_stage, combine
 from .images import rgb
-from .inputs import CATEGORY, DEFAULTS, tile_inputs
-from .upscale import MODEL_TIP, long_edge_input, native_size_input, published_input, target_from, target_inputs
+from .inputs import CATEGORY, DEFAULTS, later_inputs, long_edge_input, stage_input, target_inputs, tile_inputs
+from .upscale import target_from
 
 
 class Plan(io.ComfyNode):
@@ -33,14 +33,13 @@ class Plan(io.ComfyNode):
             "numbered grid over the picture. Nothing is computed.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture to be enlarged."),
-                io.Model.Input("stage_one", tooltip=MODEL_TIP.format("one")),
+                stage_input("stage_one", "one"),
                 io.Vae.Input("vae", tooltip="The VAE of the model."),
                 *target_inputs(),
                 tile,
                 overlap,
                 tile_batch,
-                published_input(),
-                native_size_input(),
+                *later_inputs(),
                 long_edge_input(),
             ],
             outputs=[

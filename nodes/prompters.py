@@ -27,8 +27,7 @@ from ..tudsr_core.prompts import (
     read_tags,
 )
 from .host.model_files import find_below, list_below, model_roots
-from .inputs import CATEGORY
-from .tile_prompts import PrompterType
+from .inputs import CATEGORY, float_input, prompter_output
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +113,51 @@ def list_tag_files() -> list[str]:
     return sorted({file.as_posix() for root in model_roots() for file in list_below(root) if file.suffix == ".txt"})
 
 
+def _word_inputs() -> list[io.Input]:
+    """Which words there are to choose from."""
+    return [
+        io.Combo.Input(
+            "tags",
+            options=[BUILT_IN, *list_tag_files()],
+            default=BUILT_IN,
+            tooltip="The words to choose from: the built-in list, or a text file in models/tudsr, one per "
+            "line. Use your own for special subjects.",
+        ),
+        io.String.Input(
+            "more_tags",
+            default="",
+            tooltip="Further words, separated by commas, such as a name for your subject.",
+        ),
+    ]
+
+
+def _choice_inputs() -> list[io.Input]:
+    """Which of them a tile gets."""
+    return [
+        io.Int.Input(
+            "count",
+            default=CHOICE.count,
+            min=1,
+            max=40,
+            tooltip="Most words per tile. Raise it for richer prompts; lower it if wrong words appear.",
+        ),
+        float_input(
+            "least",
+            CHOICE.least,
+            "How far a word must stand out (standard deviations over the list). Raise it for fewer, "
+            "surer words; lower it if tiles stay empty.",
+            most=6.0,
+        ),
+        float_input(
+            "specific",
+            CHOICE.specific,
+            "How much of what all tiles have in common is discounted. Raise it if every tile says the "
+            "same; lower it if tiles say odd things.",
+            most=1.0,
+        ),
+    ]
+
+
 class ClipTags(io.ComfyNode):
     """CLIP and CLIP_VISION to a prompter."""
 
@@ -131,45 +175,10 @@ class ClipTags(io.ComfyNode):
                     "clip_vision",
                     tooltip="The picture half of the same CLIP: CLIP-ViT-H-14 (laion2B) for SD2.x, bigG for SDXL.",
                 ),
-                io.Combo.Input(
-                    "tags",
-                    options=[BUILT_IN, *list_tag_files()],
-                    default=BUILT_IN,
-                    tooltip="The words to choose from: the built-in list, or a text file in models/tudsr, one per "
-                    "line. Use your own for special subjects.",
-                ),
-                io.String.Input(
-                    "more_tags",
-                    default="",
-                    tooltip="Further words, separated by commas, such as a name for your subject.",
-                ),
-                io.Int.Input(
-                    "count",
-                    default=CHOICE.count,
-                    min=1,
-                    max=40,
-                    tooltip="Most words per tile. Raise it for richer prompts; lower it if wrong words appear.",
-                ),
-                io.Float.Input(
-                    "least",
-                    default=CHOICE.least,
-                    min=0.0,
-                    max=6.0,
-                    step=0.01,
-                    tooltip="How far a word must stand out (standard deviations over the list). Raise it for fewer, "
-                    "surer words; lower it if tiles stay empty.",
-                ),
-                io.Float.Input(
-                    "specific",
-                    default=CHOICE.specific,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much of what all tiles have in common is discounted. Raise it if every tile says the "
-                    "same; lower it if tiles say odd things.",
-                ),
+                *_word_inputs(),
+                *_choice_inputs(),
             ],
-            outputs=[PrompterType.Output(display_name="prompter", tooltip="For Extract Tile Prompts.")],
+            outputs=[prompter_output()],
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..tudsr_core.tiling import TilePlan
 from .host.conditions import crop_control
 from .host.tile_texts import Conditioning, TilePromptsType, encode_texts, positive_texts
-from .inputs import CATEGORY
+from .inputs import CATEGORY, float_input
 
 
 def region_conditioning(
@@ -123,38 +123,29 @@ def tile_controls(
     return [crop_control(control, tile, (1, 4, plan.height, plan.width), cache) for tile in plan]
 
 
-def prompts_input(**more: Any) -> io.Input:
+def prompts_input() -> io.Input:
     """Return the TILE_PROMPTS socket."""
     return TilePromptsType.Input(
-        "tile_prompts", tooltip="One prompt per tile, from Extract Tile Prompts or Tile Prompts from Strings.", **more
+        "tile_prompts", tooltip="One prompt per tile, from Extract Tile Prompts or Tile Prompts from Strings."
     )
 
 
 def control_widgets() -> list:
     """Return strength and range of the ControlNet."""
     return [
-        io.Float.Input(
+        float_input(
             "strength",
-            default=1.0,
-            min=0.0,
-            max=10.0,
-            step=0.01,
-            tooltip="Strength of the ControlNet. Raise it to stay closer to hint; lower it for more invention.",
+            1.0,
+            "Strength of the ControlNet. Raise it to stay closer to hint; lower it for more invention.",
+            most=10.0,
         ),
-        io.Float.Input(
+        float_input(
             "start_percent",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="When the ControlNet starts. Raise it to leave the first, coarse steps free.",
+            0.0,
+            "When the ControlNet starts. Raise it to leave the first, coarse steps free.",
+            most=1.0,
         ),
-        io.Float.Input(
-            "end_percent",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="When the ControlNet ends. Lower it to leave the last, fine steps free.",
+        float_input(
+            "end_percent", 1.0, "When the ControlNet ends. Lower it to leave the last, fine steps free.", most=1.0
         ),
     ]

@@ -12,8 +12,7 @@ from comfy_api.latest import io
 from ..tudsr_core.prompts import CaptionPrompter, TaggerPrompter, caption_kind
 from ..tudsr_core.weights import CheckpointError, open_safetensors
 from .host.model_files import find_below, list_below, model_roots
-from .inputs import CATEGORY
-from .tile_prompts import PrompterType
+from .inputs import CATEGORY, prompter_output
 
 NO_TAGGER = "(put DAPE into models/tudsr)"
 NO_CAPTIONER = "(put a captioner's folder into models/tudsr or models/LLM)"
@@ -60,28 +59,34 @@ def patched(network: Any) -> Any:
     )
 
 
+def _loader(node_id: str, title: str, says: str, inputs: list[io.Input]) -> io.Schema:
+    """Return the schema of a node that loads a prompter."""
+    return io.Schema(
+        node_id=node_id,
+        display_name=title,
+        category=CATEGORY,
+        description=says,
+        inputs=inputs,
+        outputs=[prompter_output()],
+    )
+
+
 class LoadDape(io.ComfyNode):
     """DAPE (or RAM) to a prompter."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = list_taggers()
-        return io.Schema(
-            node_id="TUDSRLoadDape",
-            display_name="Load DAPE",
-            category=CATEGORY,
-            description="The degradation-aware tagger of SeeSR (RAM Swin-L with DAPE's updates): trained to name "
-            "what blurred and noisy tiles show.",
-            inputs=[
-                io.Combo.Input(
-                    "model",
-                    options=names or [NO_TAGGER],
-                    tooltip="A folder in models/tudsr with ram_swin_large_14m.pth, DAPE.pth and RAM's two tag lists, "
-                    "or a converted .safetensors file.",
-                )
-            ],
-            outputs=[PrompterType.Output(display_name="prompter", tooltip="For Extract Tile Prompts.")],
+        chooser = io.Combo.Input(
+            "model",
+            options=list_taggers() or [NO_TAGGER],
+            tooltip="A folder in models/tudsr with ram_swin_large_14m.pth, DAPE.pth and RAM's two tag lists, "
+            "or a converted .safetensors file.",
         )
+        says = (
+            "The degradation-aware tagger of SeeSR (RAM Swin-L with DAPE's updates): trained to name "
+            "what blurred and noisy tiles show."
+        )
+        return _loader("TUDSRLoadDape", "Load DAPE", says, [chooser])
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
@@ -97,29 +102,25 @@ class LoadCaptioner(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = list_captioners()
-        return io.Schema(
-            node_id="TUDSRLoadCaptioner",
-            display_name="Load Captioner",
-            category=CATEGORY,
-            description="A BLIP or Florence-2 folder as a prompter: one sentence per tile. Nothing is downloaded, "
-            "only safetensors are read, and no code of the folder is run.",
-            inputs=[
-                io.Combo.Input(
-                    "model",
-                    options=names or [NO_CAPTIONER],
-                    tooltip="A folder in models/tudsr or models/LLM with config.json and safetensors weights in "
-                    "transformers' layout.",
-                ),
-                io.Combo.Input(
-                    "detail",
-                    options=["<CAPTION>", "<DETAILED_CAPTION>"],
-                    default="<CAPTION>",
-                    tooltip="Florence-2's task. Take the detailed one for longer sentences; BLIP does not know it.",
-                ),
-            ],
-            outputs=[PrompterType.Output(display_name="prompter", tooltip="For Extract Tile Prompts.")],
+        inputs = [
+            io.Combo.Input(
+                "model",
+                options=list_captioners() or [NO_CAPTIONER],
+                tooltip="A folder in models/tudsr or models/LLM with config.json and safetensors weights in "
+                "transformers' layout.",
+            ),
+            io.Combo.Input(
+                "detail",
+                options=["<CAPTION>", "<DETAILED_CAPTION>"],
+                default="<CAPTION>",
+                tooltip="Florence-2's task. Take the detailed one for longer sentences; BLIP does not know it.",
+            ),
+        ]
+        says = (
+            "A BLIP or Florence-2 folder as a prompter: one sentence per tile. Nothing is downloaded, "
+            "only safetensors are read, and no code of the folder is run."
         )
+        return _loader("TUDSRLoadCaptioner", "Load Captioner", says, inputs)
 
     @classmethod
     def execute(cls, model, detail) -> io.NodeOutput:

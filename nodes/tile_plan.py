@@ -11,17 +11,17 @@ from ..tudsr_core.prompts import cut_tiles
 from ..tudsr_core.tiling import TilePlan, fit_overlap, plan_tiles
 from .host.networks import pixels_per_latent
 from .images import rgb
-from .inputs import CATEGORY, sampling_tile_inputs
+from .inputs import (
+    CATEGORY,
+    TilePlanType,
+    context_input,
+    float_input,
+    pixels_input,
+    plan_input,
+    sampling_tile_inputs,
+    side_input,
+)
 from .plan import draw_tiles
-
-TilePlanType = io.Custom("TILE_PLAN")
-
-
-def plan_input() -> io.Input:
-    """Return the plan socket that everything about one picture shares."""
-    return TilePlanType.Input(
-        "plan", tooltip="The tiles, from Tile Plan. Use one plan for prompts, hints and sampling of a picture."
-    )
 
 
 def one_picture(image: torch.Tensor, node: str) -> torch.Tensor:
@@ -65,60 +65,69 @@ def tell(plan: TilePlan, steps: int, unit: int) -> str:
     )
 
 
+def _size_inputs() -> list[io.Input]:
+    """How large the sampled picture is, where nothing connected says so."""
+    return [
+        float_input(
+            "scale",
+            1.0,
+            "Size to be sampled, relative to image. Set it to the enlargement if image is the "
+            "small picture; leave it at 1 if image is already enlarged. Not used with a latent.",
+            most=64.0,
+            least=0.125,
+        ),
+        side_input("width", "Width in pixels instead; 0: from image or latent."),
+        side_input("height", "Height in pixels instead; 0: from image or latent."),
+    ]
+
+
+def _counting_inputs() -> list[io.Input]:
+    """Where tiles lie, and how often each is computed."""
+    return [
+        io.Combo.Input(
+            "spacing",
+            options=["even", "stride"],
+            default="even",
+            tooltip="even spreads the tiles evenly; stride puts them at every tile - overlap with the last "
+            "one flush, as the published scripts do. Choose stride to reproduce those.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=50,
+            min=1,
+            max=10000,
+            tooltip="Steps of the sampler, only to count calls. Lower it, or raise the tile, if the count "
+            "frightens you.",
+        ),
+    ]
+
+
+def _source_inputs() -> list[io.Input]:
+    """What says how large the sampled picture is."""
+    return [
+        io.Image.Input("image", optional=True, tooltip="The picture: small (then set scale) or enlarged."),
+        io.Latent.Input("latent", optional=True, tooltip="The latent to be sampled; its size wins over all."),
+        io.Model.Input(
+            "model",
+            optional=True,
+            tooltip="The model that will sample. Connect it where a latent is not 8 pixels wide: the embedded "
+            "model (4), Flux.2 and Wan 2.2 (16), HunyuanImage (32).",
+        ),
+    ]
+
+
 class PlanTiles(io.ComfyNode):
     """Where the tiles lie: one plan for prompts, hints, latents and pixels."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        tile, overlap = sampling_tile_inputs()
         return io.Schema(
             node_id="TUDSRTilePlan",
             display_name="Tile Plan",
             category=CATEGORY,
             description="Lays overlapping tiles over the picture to be sampled, and says how many calls that costs. "
             "One plan gives the boxes for prompts, ControlNet hints and sampling.",
-            inputs=[
-                io.Float.Input(
-                    "scale",
-                    default=1.0,
-                    min=0.125,
-                    max=64.0,
-                    step=0.01,
-                    tooltip="Size to be sampled, relative to image. Set it to the enlargement if image is the "
-                    "small picture; leave it at 1 if image is already enlarged. Not used with a latent.",
-                ),
-                io.Int.Input(
-                    "width", default=0, min=0, max=65536, tooltip="Width in pixels instead; 0: from image or latent."
-                ),
-                io.Int.Input(
-                    "height", default=0, min=0, max=65536, tooltip="Height in pixels instead; 0: from image or latent."
-                ),
-                tile,
-                overlap,
-                io.Combo.Input(
-                    "spacing",
-                    options=["even", "stride"],
-                    default="even",
-                    tooltip="even spreads the tiles evenly; stride puts them at every tile - overlap with the last "
-                    "one flush, as the published scripts do. Choose stride to reproduce those.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=50,
-                    min=1,
-                    max=10000,
-                    tooltip="Steps of the sampler, only to count calls. Lower it, or raise the tile, if the count "
-                    "frightens you.",
-                ),
-                io.Image.Input("image", optional=True, tooltip="The picture: small (then set scale) or enlarged."),
-                io.Latent.Input("latent", optional=True, tooltip="The latent to be sampled; its size wins over all."),
-                io.Model.Input(
-                    "model",
-                    optional=True,
-                    tooltip="The model that will sample. Connect it where a latent is not 8 pixels wide: the embedded "
-                    "model (4), Flux.2 and Wan 2.2 (16), HunyuanImage (32).",
-                ),
-            ],
+            inputs=[*_size_inputs(), *sampling_tile_inputs(), *_counting_inputs(), *_source_inputs()],
             outputs=[
                 TilePlanType.Output(display_name="plan", tooltip="The tiles, for all nodes about this picture."),
                 io.Image.Output(display_name="grid", tooltip="The picture with its numbered tiles."),
@@ -160,14 +169,12 @@ class TileImages(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture, small or enlarged."),
                 plan_input(),
                 context_input(),
-                io.Int.Input(
+                pixels_input(
                     "side",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=8,
-                    tooltip="Resize the tiles to this longer side in pixels; 0: as they are. Raise it (384, 512) for "
+                    0,
+                    "Resize the tiles to this longer side in pixels; 0: as they are. Raise it (384, 512) for "
                     "captioners that see little in small pictures; lower it if they are slow.",
+                    step=8,
                 ),
             ],
             outputs=[
@@ -188,16 +195,3 @@ class TileImages(io.ComfyNode):
         same = [cut if cut.shape[-2:] == (height, width) else resize(cut[None], (height, width))[0] for cut in cuts]
         batch = torch.stack(same).clamp(0, 1).movedim(1, -1)
         return io.NodeOutput(batch, list(batch.split(1)))
-
-
-def context_input() -> io.Float.Input:
-    """Return the widget for surroundings that a prompter sees."""
-    return io.Float.Input(
-        "context",
-        default=0.0,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        tooltip="Surroundings to show with each tile, as a part of its side. Raise it if tiles are recognised "
-        "poorly; lower it if prompts name things that are only in the neighbouring tiles.",
-    )

@@ -28,10 +28,9 @@ from ..tudsr_core.prompts import (
 )
 from ..tudsr_core.tiling import TilePlan
 from .host.tile_texts import TilePromptsType
-from .inputs import CATEGORY
-from .tile_plan import context_input, one_picture, plan_input
+from .inputs import CATEGORY, PrompterType, context_input, plan_input
+from .tile_plan import one_picture
 
-PrompterType = io.Custom("TILE_PROMPTER")
 STYLE = Style()
 PICTURE_SIDE = 1024
 KEPT = 8

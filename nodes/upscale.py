@@ -11,111 +11,30 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tudsr_core.methods import StageLimits, Target, TwoStageModel, UpscaleOptions, upscale
-from ..tudsr_core.pictures import COLOR_FIXES, resize
-from .host.kept import Kept
+from ..tudsr_core.pictures import resize
 from .host.networks import ProgressBar
+from .host.result_cache import ResultCache
 from .host.stages import build_stage, combine
-from .host.tile_texts import TilePromptsType
-from .inputs import CATEGORY, DEFAULTS, tile_inputs
+from .inputs import (
+    CATEGORY,
+    DEFAULTS,
+    float_input,
+    later_inputs,
+    long_edge_input,
+    shared_inputs,
+    source_inputs,
+    stage_input,
+    target_inputs,
+    tile_prompt_inputs,
+    timestep_input,
+)
 
-_kept = Kept()
+_results = ResultCache()
 
-MODEL_TIP = "MODEL of stage {}: from Load Embedded TUDSR Model, or SD2.1-base through Load TUDSR Adapter."
-
-
-def shared_inputs() -> list:
-    """Return the options that all upscalers have, after their own inputs."""
-    return [
-        *tile_inputs(),
-        io.Combo.Input(
-            "color_fix",
-            options=list(COLOR_FIXES),
-            default=DEFAULTS.color_fix,
-            tooltip="How colours follow the input. wavelet is safest; none shows the bare model.",
-        ),
-        io.Boolean.Input(
-            "sample_posterior",
-            default=DEFAULTS.sample_posterior,
-            tooltip="Draw the latent at random, as the papers' scripts do, instead of taking its mode. "
-            "Only VAEs with a posterior (SD) change; leave it off for repeatable pictures.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=DEFAULTS.seed,
-            min=0,
-            max=2**31 - 1,
-            control_after_generate=False,
-            tooltip="Seed of what is drawn at random: the latent, or InvSR's noise. Without either, the picture "
-            "does not depend on the seed, and another seed computes nothing anew.",
-        ),
-        io.Mask.Input(
-            "mask", optional=True, tooltip="Transparency of the picture, as Load Image gives it; comes out enlarged."
-        ),
-    ]
-
-
-def published_input() -> io.Boolean.Input:
-    """Return the switch to the method's own tiles; the last widget, so that saved workflows keep their places."""
-    return io.Boolean.Input(
-        "published",
-        default=DEFAULTS.published,
-        optional=True,
-        tooltip="Tiles exactly as the method's own script has them: OMGSR and TUDSR 512 px that overlap by 256, "
-        "OSEDiff and PiSA-SR 768 by 256, with its places and weights; tile, overlap and window are then not used. "
-        "Turn it on to reproduce a paper's picture.",
-    )
-
-
-def native_size_input() -> io.Boolean.Input:
-    """Return the switch for small pictures; after every older widget, so that saved workflows keep their places."""
-    return io.Boolean.Input(
-        "native_size",
-        default=DEFAULTS.native_size,
-        optional=True,
-        tooltip="Enlarge a small picture first, so that SD2.1 works at the 512 px it was trained on (InvSR: mirror its "
-        "borders), and shrink the result to the size you asked for, as the methods' own scripts do. The embedded model "
-        "needs none. Off: faster, and worse on pictures below 128 px at x4.",
-    )
-
-
-def timestep_input(trained: int) -> io.Int.Input:
-    """Return the timestep widget; 0 means the adapter's own."""
-    return io.Int.Input(
-        "timestep",
-        default=0,
-        min=0,
-        max=999,
-        tooltip=f"Timestep of the one step. 0: as the adapter says, else {trained} (TUDSR). "
-        "Change it only for adapters trained at another one (OMGSR: 273), and set it for a checkpoint that an adapter "
-        "is merged into.",
-    )
-
-
-def vae_input() -> io.Vae.Input:
-    """Return the autoencoder that all stages share."""
-    return io.Vae.Input(
-        "vae", tooltip="The VAE of the model. Each stage sees it with the changes of its own adapter, if it has any."
-    )
-
-
-def conditioning_input() -> io.Conditioning.Input:
-    """Return the text input that every stage needs."""
-    return io.Conditioning.Input(
-        "conditioning", tooltip="The prompt the adapter was trained with; for TUDSR and OMGSR the empty prompt."
-    )
-
-
-def tile_prompt_inputs() -> list:
-    """Return the prompts of the tiles and the CLIP that encodes them."""
-    return [
-        TilePromptsType.Input(
-            "tile_prompts",
-            optional=True,
-            tooltip="A prompt per tile instead of the conditioning, for methods trained with tags (OSEDiff). "
-            "Others ignore it and say so.",
-        ),
-        io.Clip.Input("clip", optional=True, tooltip="The model's text encoder; needed with tile_prompts."),
-    ]
+TILE_PROMPTS_SAY = (
+    "A prompt per tile instead of the conditioning, for methods trained with tags (OSEDiff). "
+    "Others ignore it and say so."
+)
 
 
 def outputs() -> list:
@@ -158,7 +77,7 @@ def run(
     """
     stages = [(stage.name, stage.steps) for stage in (model.first, model.second) if stage]
     values = target, options if model.draws(options) else replace(options, seed=0), model.limits, stages
-    if made := _kept.find(image, (mask, *given), values):
+    if made := _results.find(image, (mask, *given), values):
         return io.NodeOutput(*made)
     pixels = image.movedim(-1, 1).float()
     if mask is not None and pixels.shape[1] == 3:
@@ -166,7 +85,7 @@ def run(
     result = upscale(pixels, model, target, options, ProgressBar(model.first.networks.model)).movedim(1, -1)
     alpha = 1 - result[..., 3] if result.shape[-1] == 4 else torch.zeros(result.shape[:3])
     made = result[..., :3], alpha
-    _kept.keep(image, (mask, *given), values, made)
+    _results.keep(image, (mask, *given), values, made)
     return io.NodeOutput(*made)
 
 
@@ -190,31 +109,6 @@ def target_from(scale: float, width: int, height: int, long_edge: int = 0) -> Ta
     return Target(scale=scale)
 
 
-def target_inputs() -> list:
-    """Return factor, width and height."""
-    return [
-        io.Float.Input(
-            "scale", default=4.0, min=1.0, max=64.0, step=0.01, tooltip="Enlarge by this factor; any number works."
-        ),
-        io.Int.Input("width", default=0, min=0, max=65536, tooltip="Enlarge to this width instead; 0: use the scale."),
-        io.Int.Input(
-            "height", default=0, min=0, max=65536, tooltip="Enlarge to this height instead; 0: use the scale."
-        ),
-    ]
-
-
-def long_edge_input() -> io.Int.Input:
-    """Return the last of the target's inputs: optional and behind all others, so that older workflows still fit."""
-    return io.Int.Input(
-        "long_edge",
-        default=0,
-        min=0,
-        max=65536,
-        optional=True,
-        tooltip="Enlarge until the longer side has this length instead; 0: use the scale, width or height.",
-    )
-
-
 class Upscale(io.ComfyNode):
     """Both stages, any factor or size."""
 
@@ -227,16 +121,12 @@ class Upscale(io.ComfyNode):
             description="Enlarges pictures in two one-step diffusion stages (x8 = 4 x 2). Any factor, any size, "
             "any number of pictures; transparency is kept.",
             inputs=[
-                io.Image.Input("image", tooltip="One or more pictures."),
-                io.Model.Input("stage_one", tooltip=MODEL_TIP.format("one")),
-                vae_input(),
-                conditioning_input(),
+                *source_inputs("One or more pictures.", "stage_one", "one"),
                 *target_inputs(),
                 *shared_inputs(),
-                io.Model.Input("stage_two", optional=True, tooltip=MODEL_TIP.format("two") + " Needed above x3 or x4."),
-                *tile_prompt_inputs(),
-                published_input(),
-                native_size_input(),
+                stage_input("stage_two", "two", " Needed above x3 or x4.", optional=True),
+                *tile_prompt_inputs(TILE_PROMPTS_SAY),
+                *later_inputs(),
                 long_edge_input(),
             ],
             outputs=outputs(),
@@ -282,23 +172,12 @@ class StageOne(io.ComfyNode):
             category=CATEGORY,
             description="The first stage: bicubic enlargement and one diffusion step at a large timestep.",
             inputs=[
-                io.Image.Input("image", tooltip="One or more pictures."),
-                io.Model.Input("model", tooltip=MODEL_TIP.format("one")),
-                vae_input(),
-                conditioning_input(),
-                io.Float.Input(
-                    "factor",
-                    default=4.0,
-                    min=1.0,
-                    max=8.0,
-                    step=0.01,
-                    tooltip="Factor M of this stage; 2 to 4 as trained.",
-                ),
+                *source_inputs("One or more pictures.", "model", "one"),
+                float_input("factor", 4.0, "Factor M of this stage; 2 to 4 as trained.", most=8.0, least=1.0),
                 timestep_input(200),
                 *shared_inputs(),
-                *tile_prompt_inputs(),
-                published_input(),
-                native_size_input(),
+                *tile_prompt_inputs(TILE_PROMPTS_SAY),
+                *later_inputs(),
             ],
             outputs=outputs(),
         )
@@ -323,15 +202,11 @@ class StageTwo(io.ComfyNode):
             description="The second stage: enlarges stage one's result once more, with one small diffusion step. "
             "It is trained on stage one's pictures and does little on others.",
             inputs=[
-                io.Image.Input("image", tooltip="The result of TUDSR Stage One (colour fix none)."),
-                io.Model.Input("model", tooltip=MODEL_TIP.format("two")),
-                vae_input(),
-                conditioning_input(),
-                io.Float.Input("factor", default=2.0, min=1.0, max=4.0, step=0.01, tooltip="Factor N; 2 as trained."),
+                *source_inputs("The result of TUDSR Stage One (colour fix none).", "model", "two"),
+                float_input("factor", 2.0, "Factor N; 2 as trained.", most=4.0, least=1.0),
                 timestep_input(50),
                 *shared_inputs(),
-                published_input(),
-                native_size_input(),
+                *later_inputs(),
             ],
             outputs=outputs(),
         )

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..tudsr_core.vae import Side, VAETiling
 from .host.exact_vae import ExactVAE
 from .images import rgb
-from .inputs import CATEGORY
+from .inputs import CATEGORY, pixels_input
 
 DEFAULTS = VAETiling()
 
@@ -19,14 +19,13 @@ DEFAULTS = VAETiling()
 def tiling_inputs() -> list:
     """Return the inputs of both nodes, after the picture and the VAE."""
     return [
-        io.Int.Input(
+        pixels_input(
             "tile",
-            default=DEFAULTS.tile_px,
-            min=64,
-            max=4096,
-            step=64,
-            tooltip="Side of a tile in pixels. The result does not depend on it: lower it when memory runs out, "
+            DEFAULTS.tile_px,
+            "Side of a tile in pixels. The result does not depend on it: lower it when memory runs out, "
             "raise it on a large GPU.",
+            step=64,
+            least=64,
         ),
         io.Combo.Input(
             "planes",

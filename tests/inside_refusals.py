@@ -7,9 +7,21 @@ import json
 import tempfile
 from pathlib import Path
 
-import inside_comfyui as base  # first: it makes ComfyUI importable
-from inside_comfyui import NODES, OPTIONS, FoldVAE, embedded, noise, part, picture, small_vae, stub_model, text, upscale
-from inside_tiled import refused
+import inside as base  # first: it makes ComfyUI importable
+from inside import (
+    NODES,
+    OPTIONS,
+    FoldVAE,
+    embedded,
+    noise,
+    part,
+    picture,
+    refused,
+    small_vae,
+    stub_model,
+    text,
+    upscale,
+)
 
 import folder_paths
 import torch

@@ -3,14 +3,15 @@
 COMFYUI_PYTHON tests/inside_tiled.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
-import inside_comfyui as base  # first: it makes ComfyUI importable
-from inside_comfyui import (
+import inside as base  # first: it makes ComfyUI importable
+from inside import (
     NODES,
     HintControl,
     multidiffusion,
     noise,
     part,
     picture,
+    refused,
     sample,
     slow_reference,
     stub_model,
@@ -29,16 +30,6 @@ import torch
 
 FLOW = torch.tensor([0.9, 0.6, 0.2, 0.0])
 VIDEO = comfy.latent_formats.Wan21
-
-
-def refused(call, *words):
-    """Assert that `call` raises ValueError in one line that says `words`."""
-    try:
-        call()
-    except ValueError as error:
-        assert all(word in str(error) for word in words) and "\n" not in str(error), error
-    else:
-        raise AssertionError("accepted")
 
 
 def inner(model, latent):

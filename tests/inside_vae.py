@@ -6,8 +6,8 @@ COMFYUI_PYTHON tests/inside_vae.py COMFYUI_PATH FILES     prints one JSON object
 import inspect
 import logging
 
-import inside_comfyui as base  # first: it makes ComfyUI importable
-from inside_comfyui import part, picture, small_vae, vae_nodes
+import inside as base  # first: it makes ComfyUI importable
+from inside import part, picture, small_vae, vae_nodes
 
 import comfy.ldm.models.autoencoder
 import comfy.model_management

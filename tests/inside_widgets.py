@@ -6,9 +6,8 @@ COMFYUI_PYTHON tests/inside_widgets.py COMFYUI_PATH FILES     prints one JSON ob
 import gc
 import math
 
-import inside_comfyui as base  # first: it makes ComfyUI importable
-from inside_comfyui import NODES, embedded, part, picture, stub_model, upscale
-from inside_tiled import refused
+import inside as base  # first: it makes ComfyUI importable
+from inside import NODES, embedded, part, picture, refused, stub_model, upscale
 
 import comfy.model_base
 import torch
@@ -102,7 +101,7 @@ def check_masks_sizes_and_timesteps_are_part_of_what_is_kept():
 
 
 def check_nothing_is_kept_beyond_its_picture():
-    kept = part("nodes.upscale")._kept._by_image
+    kept = part("nodes.upscale")._results._by_image
     gc.collect()
     before, image = len(kept), picture(1, 16, 16)
     upscale(2.0, image)

@@ -14,10 +14,16 @@ from published import write_for_comfyui
 SCRIPTS = [
     Path(__file__).parent / name
     for name in (
-        "inside_comfyui.py",
-        "inside_tile_prompts.py",
+        "inside_multidiffusion.py",
         "inside_tiled.py",
+        "inside_upscaler.py",
+        "inside_adapters.py",
         "inside_vae.py",
+        "inside_vae_nodes.py",
+        "inside_regions.py",
+        "inside_tile_texts.py",
+        "inside_tile_prompts.py",
+        "inside_prompters.py",
         "inside_refusals.py",
         "inside_widgets.py",
     )

@@ -46,11 +46,11 @@ def apply(
     worse than none.
     """
     wanted = [*patch.weights, *(f"{path}.weight" for path in patch.lows)]
-    homeless = [path for path in wanted if path not in keys]
-    if homeless:
+    unmatched = [path for path in wanted if path not in keys]
+    if unmatched:
         raise CheckpointError(
-            f"adapter {name!r} does not fit this {network}: {len(homeless)} of {len(wanted)} changes have no place "
-            f"({some(homeless)}); {ADVICE}"
+            f"adapter {name!r} does not fit this {network}: {len(unmatched)} of {len(wanted)} changes have no place "
+            f"({some(unmatched)}); {ADVICE}"
         )
     weights = {path: comfy.utils.get_attr(patcher.model, keys[path]) for path in wanted}
     if wrong := patch.misfits(weights):
@@ -63,18 +63,18 @@ def apply(
             f"{some(missing)}; it is damaged, get it again"
         )
     clone = patcher.clone()
-    for part in (_weight_patches(patcher, patch, keys), low_patches(patch, keys)):
+    for part in (_weight_patches(patcher, patch, keys), lora_patches(patch, keys)):
         clone.add_patches(part, strength)
     return clone
 
 
-def low_patches(patch: WeightDelta, keys: dict[str, str]) -> dict[str, Any]:
+def lora_patches(patch: WeightDelta, keys: dict[str, str]) -> dict[str, Any]:
     """Return the low-rank updates by weight key."""
     return {
         keys[f"{path}.weight"]: comfy.weight_adapter.LoRAAdapter(
-            set(), (low.up.float(), low.down.float(), float(low.alpha), None, None, None)
+            set(), (update.up.float(), update.down.float(), float(update.alpha), None, None, None)
         )
-        for path, low in patch.lows.items()
+        for path, update in patch.lows.items()
     }
 
 

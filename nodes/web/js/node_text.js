@@ -1,4 +1,4 @@
-// What a node says (nodes/words.py), shown on it: plans, and warnings of the last run.
+// What a node says (nodes/host/messages.py), shown on it: plans, and warnings of the last run.
 //
 // Nothing of it is saved in the workflow or sent with a run. It comes back after undo and in other
 // tabs from the frontend's own record of outputs, and after a reload from the browser's session.

@@ -20,7 +20,7 @@ def _hold(value: Any) -> Callable[[], Any]:
         return lambda: value
 
 
-class Kept:
+class ResultCache:
     """One result per picture, which lives as long as ComfyUI keeps that picture; nothing else is kept alive."""
 
     def __init__(self) -> None:
