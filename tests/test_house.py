@@ -29,6 +29,7 @@ RANKS = [
     },
     {
         "adapters",
+        "clip_tokens",
         "edits",
         "networks",
         "plan",

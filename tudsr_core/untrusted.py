@@ -207,6 +207,7 @@ class Fields:
 
 
 MAX_SIZE, MAX_LIST, MAX_LAYERS = 2**17, 64, 500
+SCALING = 1e-3, 1e3  # what a VAE's scaling_factor may be; published ones are 0.1 to 2
 
 
 def network_config(fields: Fields) -> dict[str, Any]:

@@ -21,6 +21,8 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, 
     problems = mismatches(wanted, tensors)
     if problems:
         raise CheckpointError(f"{source} does not fit {title}: {problems}; {remedy}")
+    if whole := [key for key in wanted if not tensors[key].is_floating_point()]:
+        raise CheckpointError(f"{source}: {some(whole)} of {title} stored in whole numbers; get the unquantised file")
     weights = {key: tensors[key].to(torch.float32, copy=True) for key in wanted}
     check_finite(source, weights.items())
     network.load_state_dict(weights, assign=True)
