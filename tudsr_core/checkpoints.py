@@ -61,7 +61,8 @@ def read_model(path: Path) -> ModelFile:
         raise CheckpointError(f"{path} is not a tudsr model file, which is a .safetensors; check the path")
     file = read_file(path)
     if file.metadata.get("format") != MODEL_FORMAT:
-        raise CheckpointError(f"{path} is not a tudsr model file (its metadata says {file.metadata.get('format')!r})")
+        said = shown(file.metadata.get("format", "nothing"))
+        raise CheckpointError(f"{path} is not a tudsr model file (its metadata says {said}); check the path")
     parts: dict[str, dict[str, Tensor]] = {"vae": {}, "unet": {}, "stage_two": {}}
     for key, tensor in file.tensors.items():
         part, _, name = key.partition(".")
@@ -210,7 +211,7 @@ def _read_own(file: TensorFile) -> Adapter:
     """Updates are under `unet.`, `detail.` and VAE paths (`encoder.`, `quant_conv.`), weights under `base.`."""
     path, metadata = file.path, file.metadata
     if metadata["format"] not in ADAPTER_FORMATS:
-        raise CheckpointError(f"{path} was written by a newer version ({metadata['format']}); update this pack")
+        raise CheckpointError(f"{path} was written by a newer version ({shown(metadata['format'])}); update this pack")
     patches = {}
     rest = dict(file.tensors)
     predictor = _take(rest, "predictor.")
@@ -247,7 +248,9 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _read_about(path: Path, metadata: dict[str, str]) -> dict:
     method = metadata.get("method", "tudsr")
     if method not in METHODS:
-        raise CheckpointError(f"{path} is of method {method!r}, which this version does not know; update this pack")
+        raise CheckpointError(
+            f"{path} is of method '{shown(method)}', which this version does not know; update this pack"
+        )
     where = f"the metadata of {path}"
     names = metadata.keys() & {"steps", "step", "stage"}
     said = {name: parse_json(metadata[name], where, CheckpointError) for name in names}

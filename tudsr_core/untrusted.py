@@ -21,7 +21,7 @@ MAX_NAME = 400  # characters of a tensor's name; published ones stay below 150
 MAX_PROMPT = 5_000  # characters of one prompt, of which CLIP reads some 300
 MAX_TEXT = 2**22  # characters of all texts of a picture's tiles
 MAX_LARGEST = 10**12  # of a number; sizes, timesteps and factors are all far below
-SHOWN = 120
+SHOWN, LONGEST_LINE = 120, 5_000  # characters: of one value, and of a message, which may hold the longest path
 HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -29,7 +29,7 @@ class UntrustedError(ValueError):
     """Something from outside that cannot be used; the message is one printable line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(shown(message, LONGEST_LINE))
 
 
 def printable(text: object) -> str:
