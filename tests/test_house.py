@@ -31,6 +31,7 @@ RANKS = [
         "adapters",
         "clip_tokens",
         "edits",
+        "lora_config",
         "networks",
         "plan",
         "models.embedded_config",
