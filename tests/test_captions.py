@@ -80,6 +80,68 @@ def test_settings_of_wrong_types_are_one_line(blip, tmp_path, wrong):
     assert str(caught.value).isprintable() and str(tmp_path) in str(caught.value)
 
 
+def changed(blip, folder, name, **changes):
+    """A copy of the model whose settings in one file are others, tables inside merged."""
+    for file in blip.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / name).read_text("utf-8"))
+    for key, value in changes.items():
+        settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
+    (folder / name).write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "says"),
+    [
+        (
+            "text_config",
+            {"vocab_size": 40_000_000},
+            "config.json: vocab_size is too large, no captioner has over 131,072",
+        ),
+        ("vision_config", {"intermediate_size": 2**24}, "config.json: intermediate_size is too large"),
+        ("vision_config", {"intermediate_size": 2**17}, "its config.json asks for .* weights, its files hold"),
+        ("vision_config", {"num_hidden_layers": 2}, r"lacks weights that its config.json asks for: .*layers\.1\."),
+    ],
+)
+def test_networks_that_the_weights_do_not_fill_are_refused(blip, tmp_path, part, values, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        CaptionPrompter(changed(blip, tmp_path, "config.json", **{part: values})).describe(
+            [torch.rand(3, 8, 8)], lambda *at: None
+        )
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"size": {"height": 9000, "width": 9000}}, "size: '(height|width)' is 9000, it must be from 1 to 2048"),
+        ({"size": "x"}, "size: 'size' is x, it must be a number"),
+        ({"image_mean": "x"}, "'image_mean' is x, it must be a list of numbers"),
+        ({"image_std": [0.5]}, "image_std must be three numbers"),
+        ({"size": {"height": 64, "width": 64}}, "cannot caption: .*; its settings do not belong together"),
+        ({"rescale_factor": "x"}, "cannot caption: "),
+    ],
+)
+def test_settings_of_the_processor_are_checked(blip, tmp_path, values, says):
+    old = (blip / "preprocessor_config.json").is_file()  # newer transformers keep them in processor_config.json
+    name, changes = (
+        ("preprocessor_config.json", values) if old else ("processor_config.json", {"image_processor": values})
+    )
+    with pytest.raises(ValueError, match=says) as caught:
+        CaptionPrompter(changed(blip, tmp_path, name, **changes)).describe([torch.rand(3, 8, 8)], lambda *at: None)
+    assert str(tmp_path) in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_full_memory_is_not_the_folders_fault(blip, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CaptionPrompter, "_generate", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        CaptionPrompter(blip).describe([torch.rand(3, 8, 8)], lambda *at: None)
+
+
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 def test_settings_of_a_million_layers_are_refused(blip, tmp_path, part):
     config = json.loads((blip / "config.json").read_text("utf-8"))

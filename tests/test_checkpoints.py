@@ -260,6 +260,22 @@ def test_what_an_adapter_says_of_itself_is_checked(tmp_path, about, says):
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    ("about", "read"),
+    [
+        ({"format": "x" * 2_000_000}, read_model),
+        ({"format": "tudsr-adapter/" + "x" * 2_000_000}, read_adapter),
+        ({"format": "tudsr-adapter/2", "method": "y" * 2_000_000}, read_adapter),
+    ],
+)
+def test_messages_about_long_texts_stay_short(tmp_path, about, read):
+    tensors = {f"unet.conv1.{half}": torch.ones(2, 2) for half in HALVES} | {"unet.conv1.alpha": torch.tensor(4.0)}
+    save_file(tensors, tmp_path / "a.safetensors", about)
+    with pytest.raises(CheckpointError, match="a.safetensors") as caught:
+        read(tmp_path / "a.safetensors")
+    assert len(str(caught.value)) < 400 + len(str(tmp_path)) and "; " in str(caught.value)
+
+
 def test_an_alpha_of_many_numbers_is_named(tmp_path):
     tensors = {f"unet.conv1.{half}": torch.ones(2, 2) for half in HALVES} | {"unet.conv1.alpha": torch.ones(3)}
     save_file(tensors, tmp_path / "a.safetensors", {"format": "tudsr-adapter/2", "method": "tudsr"})

@@ -81,6 +81,7 @@ def test_one_bad_picture_does_not_stop_the_others_and_finished_ones_are_kept(pho
     "arguments",
     [
         ["upscale", "", "-o", "out"],
+        ["upscale", " ", "-o", "out"],
         ["upscale", "x.png", "-o", ""],
         ["upscale", "x.png", "-o", "out", "--stage-one", ""],
         ["zoom", "", "-o", "out", "--model", "sd21"],
@@ -100,7 +101,7 @@ def test_an_empty_argument_is_not_the_current_folder(arguments, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (4, 4)).save("a.png")
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 2 and "it is empty" in done.output
+    assert done.exit_code == 2 and f"it is empty ({' ' if ' ' in arguments else ''!r})" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderDC, UNet2DConditionModel
+from safetensors.torch import save_file
 
 from tudsr_core.backends.local import Backbone, LocalNetworks, load_embedded
 from tudsr_core.methods.plan import Target
-from tudsr_core.methods.two_stage import Stage, TwoStageModel, upscale
+from tudsr_core.methods.stages import Stage, TwoStageModel
+from tudsr_core.methods.two_stage import upscale
 from tudsr_core.models.embedded import load_networks
 from tudsr_core.weights.checkpoints import embedded_path, read_model, write_model
-from tudsr_core.weights.tensor_files import CheckpointError
+from tudsr_core.weights.tensor_files import CheckpointError, read_file
 
 ROOT = Path(__file__).parent.parent
 WITHOUT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "without"), str(ROOT)])}
@@ -111,6 +113,7 @@ def changed(file, part, **values):
         ("vae_config", {"decoder_layers_per_block": [0, 1]}, "different lengths"),
         ("vae_config", {"encoder_block_out_channels": [48, 48, 50]}, "48 channels do not fold into 50"),
         ("vae_config", {"scaling_factor": 0.0}, "scaling_factor cannot be 0.0"),
+        ("vae_config", {"scaling_factor": 1e-300}, "scaling_factor cannot be 1e-300"),
         ("vae_config", {"latent_channels": 16}, "its UNet has 32 channels in and 32 out, but latents have 16"),
         (
             "unet_config",
@@ -144,6 +147,16 @@ def test_weights_that_do_not_fit_are_named(file, tmp_path):
         path, replace(file, vae=more | {"encoder.quant": lost.clone(), "encoder.conv_out.bias": torch.zeros(3)})
     )
     with pytest.raises(CheckpointError, match=r"unknown encoder\.quant; wrong shape encoder\.conv_out\.bias \(\(3,\)"):
+        load_embedded("cpu", path=path)
+
+
+def test_weights_in_whole_numbers_are_named(file, tmp_path):
+    path = tmp_path / "other.safetensors"
+    write_model(path, file)
+    whole = read_file(path)
+    key = "unet.conv_in.weight"
+    save_file(whole.tensors | {key: whole.tensors[key].to(torch.int64)}, path, whole.metadata)
+    with pytest.raises(CheckpointError, match=r"conv_in\.weight of the UNet of its config stored in whole numbers"):
         load_embedded("cpu", path=path)
 
 

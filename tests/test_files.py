@@ -333,12 +333,25 @@ def test_whatever_a_decoder_raises_is_one_line_with_the_name(tmp_path, kind, mon
     assert str(caught.value).isprintable()
 
 
+def test_the_scans_of_a_jpeg_are_weighed_by_its_size(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert data.count(b"\xff\xda") == 10
+    (tmp_path / "a.jpg").write_bytes(data[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 90 + b"\xff\xd9")
+    with pytest.raises(PictureError, match="has 100 scans, of which 7000 x 7000 pixels may have 81; save it again"):
+        read_picture(tmp_path / "a.jpg")
+    Image.new("RGB", (70, 70)).save(tmp_path / "a.jpg", progressive=True)
+    monkeypatch.setattr("tudsr_core.reading.MAX_SCANNED_PIXELS", 1)
+    assert read_picture(tmp_path / "a.jpg").size == (70, 70)
+
+
 def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(GRID).save(buffer, "JPEG", progressive=True)
     scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
     (tmp_path / "a.jpg").write_bytes(buffer.getvalue()[:-2] + scan * 1000 + b"\xff\xd9")
-    with pytest.raises(PictureError, match="more than 200 scans"):
+    with pytest.raises(PictureError, match="scans, of which .* pixels may have 200; save it again"):
         read_picture(tmp_path / "a.jpg")
 
 

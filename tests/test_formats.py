@@ -473,6 +473,18 @@ def unet_folder(files, tmp_path, **changes):
         ({"lora_alpha": {"a": 1}}, "'lora_alpha' is a dict"),
         ({"lora_alpha": True}, "'lora_alpha' is True"),
         ({"lora_alpha": 1e11}, "missing or not above 0, or far too large"),
+        ({"use_rslora": "yes"}, "'use_rslora' is yes, it must be true or false"),
+        ({"target_modules": 3}, "'target_modules' is 3, it must be a list of texts"),
+        ({"target_modules": [1, 2]}, "'target_modules' is a list, it must be a list of texts"),
+        ({"exclude_modules": {"a": 1}}, "'exclude_modules' is a dict, it must be a list of texts"),
+        ({"peft_type": "LOHA"}, "is of the kind LOHA, which this pack does not support; it reads LORA"),
+        ({"peft_type": 3}, "'peft_type' is 3, it must be a text"),
+        ({"fan_in_fan_out": True}, "uses fan_in_fan_out, which this pack does not support"),
+        ({"modules_to_save": ["conv_out"]}, "uses modules_to_save, which"),
+        ({"alpha_pattern": {"to_q": 2}}, "uses alpha_pattern, which"),
+        ({"rank_pattern": {"to_q": 2}}, "uses rank_pattern, which"),
+        ({"bias": "all"}, r"trains biases \(all\)"),
+        ({"init_lora_weights": "pissa_niter_4"}, "begins with pissa_niter_4, which also changes the base model"),
         ({"more": json.loads("[" * 40 + "]" * 40)}, "nested too deeply"),
         ({"more": ["x"] * 300_000}, "too many values"),
     ],
@@ -481,6 +493,21 @@ def test_lora_configurations_of_wrong_kinds_are_named(files, tmp_path, changes, 
     with pytest.raises(CheckpointError, match=says) as caught:
         read_adapter(unet_folder(files, tmp_path, **changes))
     assert "folder" in str(caught.value)
+
+
+def test_the_configuration_of_a_diffusers_file_counts_too(files, tmp_path):
+    """rsLoRA's scale is alpha / sqrt(r), and what is not implemented is refused."""
+    tensors = load_file(files["diffusers"].path)
+    updates = []
+    for rooted in (False, True):
+        about = {"unet.r": 4, "unet.lora_alpha": 2, "unet.use_rslora": rooted, "unet.init_lora_weights": "gaussian"}
+        save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(about)})
+        updates.append(read_adapter(tmp_path / "x.safetensors").unet.lows)
+    for name, plain in updates[0].items():
+        assert updates[1][name].alpha == pytest.approx(plain.alpha * plain.rank**0.5)
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": '{"unet.use_dora": true}'})
+    with pytest.raises(CheckpointError, match="uses use_dora"):
+        read_adapter(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"owner/name"', "[" * 100_000, "{", "\ufeff"])

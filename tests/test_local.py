@@ -6,12 +6,13 @@ import published
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sd_layout import to_ldm
 from sd_stand_in import slow_text_tower, text_weights
 from small_sd import SMALL_TEXT, SMALL_UNET, SMALL_VAE
 
 from tudsr_core.backends import sd21
+from tudsr_core.backends.clip_tokens import tokens_of
 from tudsr_core.backends.local import AdapterOptions, load_embedded, load_sd21, pick_device
 from tudsr_core.backends.sd21 import Architecture, read_base
 from tudsr_core.methods.plan import Target
@@ -265,7 +266,6 @@ def test_one_adapter_alone_keeps_no_second_copy_of_its_weights(published_base):
 
 def single_file(base, path, prefix="cond_stage_model.model.", **more):
     """Write the base as one checkpoint in the original layout, its text tower under `prefix`."""
-    from safetensors.torch import save_file
 
     vae, unet, _ = read_base(base)
     tensors = to_ldm(unet, vae)
@@ -314,7 +314,7 @@ def test_prompts_are_filled_up_with_the_folders_pad_token(small_sd, tmp_path, se
     text = CLIPTextModel.from_pretrained(base / "text_encoder")
     with torch.no_grad():
         assert (read_base(base)[2]("a b") - text(ids)[0]).abs().max() < 1e-6
-    assert sd21._tokens_of(base / "tokenizer", sd21.PAD)("a b")[0, 4:].eq(0).all()
+    assert tokens_of(base / "tokenizer", 49408, sd21.PAD)("a b")[0, 4:].eq(0).all()
 
 
 def test_a_pad_token_that_is_no_word_is_refused(small_sd, tmp_path):
@@ -338,7 +338,6 @@ def test_v_prediction_checkpoints_are_refused(small_sd, tmp_path):
 
 def test_folders_may_be_half_precision_sharded_or_old(small_sd, tmp_path):
     """fp16 file names, several files with an index, .bin pickles, and the attention names of 2022."""
-    from safetensors.torch import load_file
 
     wanted_vae, wanted_unet, _ = read_base(small_sd / "base")
     shutil.copytree(small_sd / "base", tmp_path / "base")
@@ -381,7 +380,6 @@ def test_a_config_key_that_diffusers_would_drop_is_refused_by_name(small_sd, tmp
 
 def test_sd21_single_file_equals_the_folder(small_sd, tmp_path):
     """The same weights under the original checkpoint's names give the same networks."""
-    from safetensors.torch import save_file
 
     vae, unet, embed = read_base(small_sd / "base")
     tensors = to_ldm(unet, vae)
@@ -490,6 +488,97 @@ def test_settings_that_change_nothing_are_read(small_sd, tmp_path):
     read_base(base)
     (base / "scheduler" / "scheduler_config.json").unlink()
     read_base(base)
+
+
+VOCABULARY = {"!": 0, "a</w>": 1, "b</w>": 2, "<|startoftext|>": 5, "<|endoftext|>": 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("tokenizer_config.json", '"a/b"', "tokenizer_config.json must be a table of names and values, not a/b"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is nested too deeply"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 3}}', "is not a CLIP tokenizer"),
+        ("tokenizer.json", "[" * 100_000, "is not a CLIP tokenizer"),
+        ("added_tokens.json", "[1]", "added_tokens.json must be a table"),
+        ("special_tokens_map.json", "[1]", "special_tokens_map.json must be a table"),
+        ("vocab.json", "[1, 2]", "vocab.json must be a table"),
+        ("vocab.json", "[" * 100_000, "vocab.json is nested too deeply"),
+        ("vocab.json", json.dumps(VOCABULARY | {"a</w>": "b"}), "vocab.json: 'a</w>' is b, it must be a number"),
+        ("vocab.json", json.dumps(VOCABULARY | {"a</w>": -5}), "'a</w>' is -5, it must be from 0 to 49407"),
+        ("vocab.json", json.dumps(VOCABULARY | {"a</w>": 49408}), "'a</w>' is 49408, it must be from 0 to 49407"),
+        ("merges.txt", "#v\nx\n\n a b c\n", "is not a CLIP tokenizer .*(Merges|merges)"),
+        ("merges.txt", "#v\nq z\n", "is not a CLIP tokenizer"),
+    ],
+)
+def test_damaged_tokenizers_are_one_line(small_sd, tmp_path, name, text, says):
+    base = hostile_base(small_sd, tmp_path / "base", {})
+    (base / "tokenizer" / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_base(base)[2]("a b")
+    assert str(caught.value).isprintable() and str(base / "tokenizer") in str(caught.value)
+
+
+def test_words_that_the_text_encoder_lacks_are_refused(small_sd):
+    with pytest.raises(CheckpointError, match="must be from 0 to 5"):
+        tokens_of(small_sd / "base" / "tokenizer", 6)
+
+
+def test_added_words_that_the_text_encoder_lacks_are_refused(small_sd, tmp_path):
+    added = {"added_tokens_decoder": {"50000": {"content": "<new>", "special": False}}}
+    base = hostile_base(small_sd, tmp_path / "base", {"tokenizer/tokenizer_config.json": added})
+    tokens = tokens_of(base / "tokenizer", 7)
+    with pytest.raises(CheckpointError, match="makes a word number .*, but this text encoder has 7 words"):
+        tokens("a <new>")
+
+
+@pytest.mark.parametrize("value", ["a", 0, -0.2, [1], True, 1e-300, 5000])
+def test_a_scaling_factor_that_cannot_be_is_refused_by_name(small_sd, tmp_path, value):
+    base = hostile_base(small_sd, tmp_path / "base", {"vae/config.json": {"scaling_factor": value}})
+    with pytest.raises(CheckpointError, match="vae/config.json: 'scaling_factor' is .*, it must be"):
+        read_base(base)
+
+
+def test_a_scaling_factor_of_null_is_stable_diffusions(small_sd, tmp_path):
+    base = hostile_base(small_sd, tmp_path / "base", {"vae/config.json": {"scaling_factor": None}})
+    assert read_base(base)[0].config.scaling_factor == 0.18215
+
+
+M, V = "model.diffusion_model.", "first_stage_model."
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "says"),
+    [
+        (f"{M}out.2.weight", lambda x: x.to(torch.int8), "out.2.weight is stored in whole numbers"),
+        (f"{V}decoder.norm_out.weight", lambda x: x.to(torch.int64), "norm_out.weight is stored in whole numbers"),
+        (f"{V}decoder.norm_out.weight", lambda x: x * float("nan"), "norm_out.weight contains NaN or infinite"),
+        (f"{M}out.0.bias", lambda x: x + float("inf"), "out.0.bias contains NaN or infinite"),
+        (f"{M}label_emb.0.x", None, "has weights that the networks of .* do not: model.diffusion_model.label_emb.0.x"),
+        (f"{M}input_blocks.99.0.w", None, "do not: model.diffusion_model.input_blocks.99"),
+        (f"{V}encoder.down.7.block.0.x", None, "first_stage_model.encoder.down.7.block.0.x"),
+        ("cond_stage_model.model.ln_final.weight", lambda x: x * float("nan"), "ln_final.weight contains NaN"),
+    ],
+)
+def test_weights_of_the_wrong_kind_in_a_single_file_are_named(small_sd, tmp_path, key, change, says):
+    path = tmp_path / "x.safetensors"
+    architecture = single_file(small_sd / "base", path)
+    tensors = load_file(path)
+    save_file(tensors | {key: change(tensors[key]) if change else torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_base(path, architecture=architecture)[2]("")
+    assert str(path) in str(caught.value)
+
+
+def test_what_training_leaves_in_a_single_file_changes_nothing(small_sd, tmp_path):
+    path = tmp_path / "x.safetensors"
+    beside = ("model_ema.decay", "model_ema.diffusion_modelout2weight", "betas", "alphas_cumprod", "loss.logvar")
+    beside += (f"{V}loss.logvar", f"{V}model_ema.decay", "cond_stage_model.model.logit_scale")
+    more = {key: torch.ones(1) for key in beside} | {"model_ema.num_updates": torch.tensor(3)}
+    architecture = single_file(small_sd / "base", path, **more)
+    _, unet, embed = read_base(path, architecture=architecture)
+    assert torch.equal(unet.conv_in.weight, read_base(small_sd / "base")[1].conv_in.weight)
+    assert embed("").isfinite().all()
 
 
 @pytest.mark.parametrize("part", ["vae_config", "unet_config"])

@@ -7,8 +7,9 @@ import zlib
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 import torch
-from PIL import Image, ImageCms, TiffImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from tudsr_core.pictures.files import Picture, PictureError
 from tudsr_core.pictures.reading import read_picture
@@ -138,6 +139,41 @@ def test_a_grey_profile_does_not_go_with_colours(tmp_path):
     assert through(tmp_path, picture, ".jpg")[1].icc == grey
 
 
+def test_a_profile_of_other_colours_is_left_out(tmp_path):
+    cmyk = SRGB[:16] + b"CMYK" + SRGB[20:]
+    Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=cmyk)
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.icc is None
+    assert picture.notes == ("its colour profile is one of CMYK, which does not fit its pixels, and is left out",)
+    notes, back = through(tmp_path, Picture(PIXELS, icc=cmyk), ".jpg")
+    assert back.icc is None and any("one of CMYK" in note for note in notes)
+    Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=SRGB)
+    assert read_picture(tmp_path / "a.png").icc == SRGB
+
+
+def test_what_is_not_carried_along_is_said(tmp_path):
+    """XMP, IPTC, comments and texts, each kind once and in one line."""
+    block = b"8BIM" + struct.pack(">HxxI", 0x0404, 4) + b"\x1c\x02\0\0"
+    photoshop = b"Photoshop 3.0\0" + block
+    app13 = b"\xff\xed" + struct.pack(">H", len(photoshop) + 2) + photoshop
+    image = Image.fromarray(SMALL)
+    image.save(tmp_path / "a.jpg", xmp=b"<x:xmpmeta/>", comment=b"hello")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:2] + app13 + data[2:])
+    image.save(tmp_path / "a.webp", xmp=b"<x:xmpmeta/>")
+    texts = PngImagePlugin.PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")
+    texts.add_text("Comment", "hello")
+    texts.add_text("Software", "x", zip=True)
+    image.save(tmp_path / "a.png", pnginfo=texts)
+    tifffile.imwrite(tmp_path / "a.tif", SMALL, photometric="rgb", extratags=[(700, "B", 6, b"<xmp/>", True)])
+    said = {".jpg": "IPTC, XMP, comment", ".webp": "XMP", ".png": "XMP, texts", ".tif": "XMP"}
+    for suffix, names in said.items():
+        assert read_picture(tmp_path / f"a{suffix}").notes == (f"what is not carried along: {names}",)
+        image.save(tmp_path / f"b{suffix}")
+        assert read_picture(tmp_path / f"b{suffix}").notes == ()
+
+
 def png_with(kind, body, deep=False, crc=None):
     array = SMALL.astype(np.uint16) * 257 if deep else SMALL
     data = imagecodecs.png_encode(array)
@@ -155,7 +191,7 @@ BROKEN = {
     "legacy exif": (b"tEXt", b"Raw profile type exif\0\nexif\n 4\nzz", None, "tEXt chunk is broken"),
     "resolution": (b"pHYs", b"\0", None, "pHYs chunk is broken"),
     "checksum": (b"tEXt", b"a\0b", 1, "tEXt chunk is broken"),
-    "text bomb": (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26)), None, ""),
+    "text bomb": (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26)), None, "not carried along: texts"),
     "animation": (b"acTL", b"\0", None, "animated"),
 }
 

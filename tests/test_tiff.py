@@ -86,6 +86,10 @@ def declared(low, high):
             "from 0 to 255, as the file declares",
         ),
         ([-1, 0, 1, 0.5], declared(-1, 1), [0, 0.5, 1, 0.75], "from -1 to 1, as the file declares"),
+        ([-1, 0, 1, 0.5], [], [0, 0, 1, 0.5], "begin at -1 and declare no range; those below 0 are cut off"),
+        ([-0.0005, 0, 1, 0.5], [], [0, 0, 1, 0.5], ""),
+        ([1.5, 0.5, 2.55, 1.25], [], [1, 0.5, 1, 1], "reach 2.55 and declare no range; those above 1 are cut off"),
+        ([3, 30, 100, 20], [], [3 / 255, 30 / 255, 100 / 255, 20 / 255], "255 is taken for white"),
         ([0, 0.5, 1, 0.25], declared(0, 1), [0, 0.5, 1, 0.25], ""),
     ],
 )
@@ -93,6 +97,27 @@ def test_the_range_of_float_numbers_is_declared_or_said(tmp_path, array, tags, w
     picture, pixels = read(tmp_path, np.array([array], np.float32), photometric="minisblack", extratags=tags)
     assert np.abs(pixels[0, :, 0] - wanted).max() < 1e-6
     assert says in " ".join(picture.notes) and bool(says) == bool(picture.notes)
+
+
+@pytest.mark.parametrize(
+    ("color", "alpha", "tags", "wanted", "says"),
+    [
+        (1, 1, [], 0.5, ()),
+        (255, 255, [], 0.5, ("255 is taken for white", "255 is taken for opaque")),
+        (255, 1, [], 0.5, ("255 is taken for white", "1 is taken for opaque")),
+        (1, 255, [], 0.5, ("255 is taken for opaque",)),
+        (1, 1.2, [], 1, ("reaches 1.2 and declares no range; 1 is taken for opaque",)),
+        (65535, 255, [], 0.5, ("65535 is taken for white", "255 is taken for opaque")),
+        (255, 1, [(341, "f", 4, (255, 255, 255, 1), True)], 0.5, ("from 0 to 255, as the file declares",)),
+    ],
+)
+def test_float_transparency_has_a_range_of_its_own(tmp_path, color, alpha, tags, wanted, says):
+    array = np.concatenate([RGBA[..., :3] / 255 * color, np.full((6, 8, 1), wanted * alpha)], -1).astype(np.float32)
+    array[0, 0, :3] = color
+    picture, pixels = read(tmp_path, array, photometric="rgb", extrasamples=["unassalpha"], extratags=tags)
+    assert np.abs(pixels[..., 3] - wanted).max() < 1e-6
+    assert np.abs(pixels[..., :3] - array[..., :3] / color).max() < 1e-6
+    assert len(picture.notes) == len(says) and all(a in b for a, b in zip(says, picture.notes, strict=True))
 
 
 def test_signed_numbers_need_a_declared_range(tmp_path):
@@ -212,6 +237,13 @@ def test_pages_and_orientation(tmp_path):
         (np.zeros((4, 4, 70), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "70 channels"),
         (np.full((4, 4), 1e30, np.float32), {"photometric": "minisblack"}, "declare no range"),
         (np.full((4, 4), np.inf, np.float32), {"photometric": "minisblack"}, "NaN or infinite"),
+        (
+            np.full((4, 4, 3), 700, np.uint16),
+            {"photometric": "cielab", "bits": 10},
+            "CIELab samples are 10-bit; save it",
+        ),
+        (DEEP[..., :3], {"photometric": "ycbcr"}, "YCbCr samples are 16-bit; save it as RGB"),
+        (np.full((4, 4, 4), 1e6, np.float32), {"photometric": "rgb"}, "reach 1e.06 and declare"),
         (DEEP, {"photometric": "rgb", "subfiletype": 1}, "a thumbnail of another"),
         (DEEP, {"photometric": "separated", "extratags": [(332, "H", 1, 2, True)]}, "inks are not CMYK"),
     ],
@@ -253,6 +285,13 @@ HOSTILE = {
         directory([*grey(9, 900, 1, 8, 9)[:5], *SHARED], struct.pack("<900I", *[300] * 900) * 2),
         "overlap in the file",
     ),
+    "channels of different kinds": (
+        directory([*grey(10, 10, 10, 150, 100)[:6], (277, 3, 1, 3), *grey(10, 10, 10, 150, 100)[7:], (339, 3, 3, 134)])
+        + struct.pack("<3H", 1, 3, 1)
+        + bytes(99),
+        "its channels are of different kinds",
+    ),
+    "two kinds": (directory([(339, 3, 2, 0x30001)], bytes(99)), "its channels are of different kinds"),
     "no rows": (directory(grey(10, 10, 0, 8, 100), bytes(99)), "damaged"),
     "repeated tags": (directory([(270, 2, 99, 8)] * 99), "its tags claim more bytes"),
     "many tags": (directory([(270 + i, 2, 1, 8) for i in range(1001)]), "1001 tags"),

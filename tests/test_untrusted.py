@@ -85,6 +85,11 @@ def test_what_is_printed_moves_no_cursor_and_stays_short():
     assert shown([[1]] * 10**6) == "a list" and shown(10**5000) == "a number of many digits"
 
 
+def test_a_message_has_a_longest():
+    assert len(str(UntrustedError("\x1b" * 10**6))) == 5_000
+    assert str(UntrustedError("a" * 4_500)) == "a" * 4_500
+
+
 def test_texts_and_files_have_a_longest(tmp_path):
     assert check_text("x" * 10, "the prompt", 10)
     with pytest.raises(UntrustedError, match="the prompt has 11 characters, the limit is 10"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ MAX_NAME = 400  # characters of a tensor's name; published ones stay below 150
 MAX_PROMPT = 5_000  # characters of one prompt, of which CLIP reads some 300
 MAX_TEXT = 2**22  # characters of all texts of a picture's tiles
 MAX_LARGEST = 10**12  # of a number; sizes, timesteps and factors are all far below
-SHOWN = 120
+SHOWN, LONGEST_LINE = 120, 5_000  # characters: of one value, and of a message, which may hold the longest path
 HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -29,7 +29,7 @@ class UntrustedError(ValueError):
     """Something from outside that cannot be used; the message is one printable line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(shown(message, LONGEST_LINE))
 
 
 def printable(text: object) -> str:
@@ -42,6 +42,13 @@ def shown(text: object, longest: int = SHOWN) -> str:
     raw = text if isinstance(text, str) else _brief(text)
     cut = printable(raw[: longest + 1])
     return cut if len(cut) <= longest else f"{cut[: longest - 3]}..."
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first three names and how many more there are, for messages."""
+    names = list(names)
+    first = ", ".join(map(shown, names[:3]))
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
 
 
 def _brief(value: object) -> str:
@@ -207,6 +214,7 @@ class Fields:
 
 
 MAX_SIZE, MAX_LIST, MAX_LAYERS = 2**17, 64, 500
+SCALING = 1e-3, 1e3  # what a VAE's scaling_factor may be; published ones are 0.1 to 2
 
 
 def network_config(fields: Fields) -> dict[str, Any]:

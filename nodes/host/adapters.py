@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...tudsr_core.models import build_predictor
-from ...tudsr_core.weights import Adapter, CheckpointError, WeightDelta, some
+from ...tudsr_core.untrusted import some
+from ...tudsr_core.weights import Adapter, CheckpointError, WeightDelta
 
 ADVICE = "it was made for another base model, use SD2.1-base (SD-Turbo for InvSR)"
 # Growth of memory per pixel of the predictor's input, measured at 128 x 128 in float32.

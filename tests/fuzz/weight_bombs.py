@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .archives import Evil, good, header, index, rezip
+from .base_folders import WRONG
 from .weight_files import QUERY, Tree, write
 
 Make = Callable[[Path], object]
@@ -39,6 +40,7 @@ def handmade(whole: dict[str, Tree], mark: Path) -> dict[str, tuple[str, Make]]:
         ".safetensors": kinds_of_numbers() | headers() | facts(whole) | models(whole) | taggers(whole) | names(whole),
         ".pth": predictors(whole),
         "": folders(whole),
+        ".base": bases(whole["base"]),
     }
     made = {name: (suffix, make) for suffix, group in groups.items() for name, make in group.items()}
     return made | foreign()
@@ -432,6 +434,11 @@ def folders(whole: dict[str, Tree]) -> dict[str, Make]:
         "peft linked to nowhere": instead("adapter_model.safetensors", lambda path: path.symlink_to("nowhere")),
         "an empty folder": Path.mkdir,
     }
+
+
+def bases(tree: Tree) -> dict[str, Make]:
+    """Folders of base models with one thing wrong."""
+    return {f"base {number} {place}": changed(tree, place, value) for number, (place, value) in enumerate(WRONG)}
 
 
 def foreign() -> dict[str, tuple[str, Make]]:

@@ -30,6 +30,8 @@ from tudsr_core.weights.checkpoints import (
 )
 from tudsr_core.weights.tensor_files import CheckpointError, open_safetensors, read_file
 
+from .base_folders import base, use_base
+
 # Modules of a UNet and of a VAE encoder, by the shape of their weights.
 QUERY, CONV, FIRST = (
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
@@ -164,6 +166,7 @@ def read_back(path: Path) -> Tree:
 
 SUFFIXES = {
     **dict.fromkeys(("own", "model", "tagger", "kohya", "diffusers", "peft file"), ".safetensors"),
+    "base": ".base",
     **{"osediff": ".pkl", "pisa": ".pkl", "invsr": ".pth", "peft": "", "omgsr": ""},
 }
 
@@ -183,6 +186,7 @@ def whole_files(scratch: Path) -> dict[str, Tree]:
         "kohya": kohya(),
         "diffusers": diffusers(),
         "peft file": peft(UNET)["adapter_model.safetensors"],
+        "base": base(),
         "osediff": osediff(),
         "pisa": pisa(),
         "invsr": invsr(),
@@ -193,12 +197,12 @@ def whole_files(scratch: Path) -> dict[str, Tree]:
 
 def write(path: Path, tree: Tree) -> Path:
     """Write the content of a file (by its suffix) or of a folder."""
-    if path.suffix == ".json":
+    if path.suffix in (".json", ".txt"):
         path.write_text(tree if isinstance(tree, str) else json.dumps(tree), encoding="utf-8")
     elif path.suffix == ".safetensors":
         tensors = {str(key): value.contiguous() for key, value in tree["tensors"].items()}
         save_file(tensors, path, {str(key): str(value) for key, value in tree["metadata"].items()})
-    elif path.suffix:
+    elif path.suffix not in ("", ".base"):
         torch.save(tree, path)
     else:
         path.mkdir(parents=True, exist_ok=True)
@@ -224,6 +228,9 @@ def network(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
 def read_all_the_way(path: Path) -> None:
     """Do with a file all that nodes and command line do; raises CheckpointError that names it, or nothing."""
     try:
+        if path.suffix == ".base":
+            use_base(path)
+            return
         inspect_file(path)
         kind = open_safetensors(path).metadata() or {} if path.suffix == ".safetensors" else {}
         if kind.get("format") == dape.TAGGER_FORMAT:

@@ -15,11 +15,9 @@ from reprlib import repr as short
 import torch
 from torch import Tensor, nn
 
-from ..untrusted import Fields, network_config, parse_json, read_text, shown
-from ..weights import CheckpointError, some, stream
-
-TOKENS, START, END = 77, 49406, 49407
-PAD = 0  # "!", with which SD 2.x fills up; SD 1.5 does with END
+from ..untrusted import SCALING, Fields, network_config, parse_json, read_text, shown, some
+from ..weights import CheckpointError, check_finite, stream
+from .clip_tokens import PAD, TOKENS, Tokens, import_transformers, tokens_of
 
 UNET_CONFIG = {
     "sample_size": 64,
@@ -53,6 +51,8 @@ UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 # apart: the spread of this bias is 0.1 there and 0.04 here (the test ComfyUI and others use).
 TELLTALE = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_SPREAD = 0.09
+# Under these two prefixes, what training leaves behind and no network of ours has.
+OF_TRAINING = ("loss.", "model_ema.")
 
 PREDICTIONS = ("epsilon", "v_prediction")
 # What a folder may say of its noise levels, which `schedule.py` has; a missing setting is taken to be this.
@@ -125,14 +125,19 @@ def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, 
     for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
         fields = _read_fields(path / part / "config.json")
         _refuse_settings(fields, [name for name in UNUSED_LATENTS if fields.values.get(name)])
-        weights = _copied(_folder_weights(path / part), dtype)
-        networks.append(_fill(path, part, kind, network_config(fields), weights))
+        config = network_config(fields)
+        if part == "vae":
+            default = VAE_CONFIG["scaling_factor"]
+            config["scaling_factor"] = fields.number("scaling_factor", default, *SCALING)
+        weights = _copied(path / part, _folder_weights(path / part), dtype)
+        networks.append(_fill(path, part, kind, config, weights))
 
-    def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
+    def load_text() -> tuple[nn.Module, Tokens]:
         text = path / "text_encoder"
         config = network_config(_read_fields(text / "config.json"))
-        weights = _copied(_folder_weights(text, ("model", "pytorch_model")), dtype)
-        return _text_network(path, config, lambda network: weights), _tokens_of(path / "tokenizer")
+        weights = _copied(text, _folder_weights(text, ("model", "pytorch_model")), dtype)
+        network = _text_network(path, config, lambda network: weights)
+        return network, tokens_of(path / "tokenizer", network.config.vocab_size)
 
     return *networks, _embedder(load_text)
 
@@ -161,9 +166,20 @@ def _folder_weights(
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def _copied(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the streamed weights in `dtype`, so that the file's mapping can be let go."""
-    return {key: value.to(dtype, copy=True) for key, value in weights}
+def _copied(path: Path, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the streamed weights of `path` in `dtype`, so that the file's mapping can be let go.
+
+    Raises CheckpointError that names one in whole numbers, or with NaN or infinite values.
+    """
+    own = {}
+    for key, value in weights:
+        if key.endswith("position_ids"):  # 0, 1, 2, ..., which older files of text encoders hold
+            continue
+        if not value.is_floating_point():
+            raise CheckpointError(f"{path}: {shown(key)} is stored in whole numbers; get the unquantised file")
+        check_finite(path, [(key, value)])
+        own[key] = value.to(dtype, copy=True)
+    return own
 
 
 def _fill(path: Path, name: str, kind: type, config: dict, weights: dict[str, Tensor]) -> nn.Module:
@@ -233,7 +249,7 @@ def _read_single_file(
         ("VAE", AutoencoderKL, architecture.vae, VAE_PREFIX, convert.convert_ldm_vae_checkpoint),
         ("UNet", UNet2DConditionModel, architecture.unet, UNET_PREFIX, convert.convert_ldm_unet_checkpoint),
     ):
-        own = _copied(stream(path, (prefix,)), dtype)
+        own = _copied(path, stream(path, (prefix,)), dtype)
         if not own:
             raise CheckpointError(f"{path} is no checkpoint of Stable Diffusion: it has no {prefix}* tensors")
         if TELLTALE in own and own[TELLTALE].float().std() > V_SPREAD:
@@ -241,21 +257,35 @@ def _read_single_file(
         with torch.device("meta"):
             full = dict(kind.from_config(config).config)
         try:
-            weights = rename(own, config=full)
+            weights = rename(dict(own), config=full)
         except (KeyError, IndexError) as error:
             raise CheckpointError(f"{path} is not an SD2.1-base checkpoint: {error} is missing") from error
         networks.append(_fill(path, name, kind, config, weights))
+        _check_all_taken(path, prefix, own, weights)
 
-    def load_text() -> tuple[nn.Module, Callable[[str], Tensor]]:
-        return _single_file_text(path, dtype, architecture.text), _tokens_of(tokenizer, PAD)
+    def load_text() -> tuple[nn.Module, Tokens]:
+        network = _single_file_text(path, dtype, architecture.text)
+        return network, tokens_of(tokenizer, network.config.vocab_size, PAD)
 
     return *networks, _embedder(load_text)
+
+
+def _check_all_taken(path: Path, prefix: str, own: dict[str, Tensor], taken: dict[str, Tensor]) -> None:
+    # diffusers renames what it knows and drops the rest; it may reshape, but copies nothing.
+    used = {tensor.untyped_storage().data_ptr() for tensor in taken.values()}
+    left = [key for key, tensor in own.items() if tensor.untyped_storage().data_ptr() not in used]
+    left = [key for key in left if not key.removeprefix(prefix).startswith(OF_TRAINING)]
+    if left:
+        raise CheckpointError(
+            f"{path} has weights that the networks of SD2.1-base and SD-Turbo do not: {some(left)}; "
+            "it is damaged, or a checkpoint of another model"
+        )
 
 
 def _single_file_text(path: Path, dtype: torch.dtype, config: dict) -> nn.Module:
     from diffusers.loaders import single_file_utils as convert
 
-    own = _copied(stream(path, TEXT_PREFIXES), dtype)
+    own = _copied(path, stream(path, TEXT_PREFIXES), dtype)
     if not own:
         raise CheckpointError(f"{path} has no text encoder; use a full checkpoint or a diffusers folder")
     prefix = next(prefix for prefix in TEXT_PREFIXES if next(iter(own)).startswith(prefix))
@@ -264,7 +294,7 @@ def _single_file_text(path: Path, dtype: torch.dtype, config: dict) -> nn.Module
 
 def _text_network(path: Path, config: dict, read: Callable[[nn.Module], dict[str, Tensor]]) -> nn.Module:
     """Return CLIP's text tower of `config` with the weights of `read(tower)`; nothing is looked up anywhere."""
-    transformers = _transformers()
+    transformers = import_transformers()
     try:
         with torch.device("meta"):
             text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
@@ -281,53 +311,7 @@ def _text_network(path: Path, config: dict, read: Callable[[nn.Module], dict[str
     return text
 
 
-def _tokens_of(folder: Path | None, pad: int | None = None) -> Callable[[str], Tensor]:
-    """Return `tokens(text)`, `1 77`, filled up with `pad`; None: with what the tokenizer's folder says.
-
-    Without a folder, only the empty text is known. Raises CheckpointError.
-    """
-    if folder is None:
-        return _empty_prompt_tokens
-    transformers = _transformers()
-    try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a CLIP tokenizer (vocab.json and merges.txt): {error}") from error
-    pad = tokenizer.pad_token_id if pad is None else pad
-    if pad is None or pad >= tokenizer.vocab_size:
-        raise CheckpointError(
-            f"{folder} fills prompts up with {short(tokenizer.pad_token)}, which is no word of its vocab.json; "
-            "correct pad_token in its tokenizer_config.json, or download the folder again"
-        )
-
-    def tokens(words: str) -> Tensor:
-        ids = tokenizer(words, truncation=True, max_length=TOKENS).input_ids
-        return torch.tensor([ids + [pad] * (TOKENS - len(ids))])
-
-    return tokens
-
-
-def _empty_prompt_tokens(words: str) -> Tensor:
-    if words:
-        raise CheckpointError(
-            "a single checkpoint file has no tokenizer, and this method or you give a prompt; add --tokenizer with "
-            "CLIP's vocab.json and merges.txt (a diffusers folder's tokenizer/), or use a diffusers folder"
-        )
-    return torch.tensor([[START, END] + [PAD] * (TOKENS - 2)])
-
-
-def _transformers():
-    try:
-        import transformers
-    except ImportError:
-        raise CheckpointError(
-            "Stable Diffusion's text encoder needs transformers; run: pip install 'comfyui-tudsr[sd]'"
-        ) from None
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
-def _embedder(load_text: Callable[[], tuple[nn.Module, Callable[[str], Tensor]]]) -> Embed:
+def _embedder(load_text: Callable[[], tuple[nn.Module, Tokens]]) -> Embed:
     """Return `embed(*texts)` that remembers results, and holds the text tower only while it computes new ones."""
     known: dict[str, Tensor] = {}
 

@@ -37,8 +37,8 @@ Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, 
 
 
 def _given_path(text: str) -> Path:
-    if not str(text):
-        raise typer.BadParameter("it is empty; '.' is the current folder")
+    if not str(text).strip():
+        raise typer.BadParameter(f"it is empty ({str(text)!r}); '.' is the current folder")
     return Path(text)
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..untrusted import Fields, parse_json, read_text
-from ..weights import CheckpointError, LoRAWeights, TensorFile, check_finite, read_file, some, where_to_get, write_file
+from ..untrusted import Fields, parse_json, read_text, some
+from ..weights import CheckpointError, LoRAWeights, TensorFile, check_finite, read_file, where_to_get, write_file
 from .fill import fill, mismatches
 from .ram import RamConfig, RamTagger, prepare
 from .swin import SwinConfig

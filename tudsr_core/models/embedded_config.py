@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from reprlib import repr as short
 from typing import Any, ClassVar
 
-from ..weights import some
+from ..untrusted import SCALING, some
 
 Check = Callable[[Any], bool]
 
@@ -25,6 +25,10 @@ def _is_count(value: Any, most: int = MAX_CHANNELS) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_scaling(value: Any) -> bool:
+    return _is_positive(value) and SCALING[0] <= value <= SCALING[1]
 
 
 def _each(check: Check) -> Check:
@@ -61,7 +65,7 @@ class VAEConfig:
         "decoder_qkv_multiscales": _each(_only([])),
         "encoder_out_shortcut": _only(False),
         "decoder_in_shortcut": _only(False),
-        "scaling_factor": _is_positive,
+        "scaling_factor": _is_scaling,
     }
 
 

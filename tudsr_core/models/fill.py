@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..weights import CheckpointError, check_finite, some
+from ..untrusted import some
+from ..weights import CheckpointError, check_finite
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, title: str, remedy: str) -> nn.Module:
@@ -21,6 +22,8 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, 
     problems = mismatches(wanted, tensors)
     if problems:
         raise CheckpointError(f"{source} does not fit {title}: {problems}; {remedy}")
+    if whole := [key for key in wanted if not tensors[key].is_floating_point()]:
+        raise CheckpointError(f"{source}: {some(whole)} of {title} stored in whole numbers; get the unquantised file")
     weights = {key: tensors[key].to(torch.float32, copy=True) for key in wanted}
     check_finite(source, weights.items())
     network.load_state_dict(weights, assign=True)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
+from ..untrusted import shown
 from .files import Picture
 
 ORIENTATION, PIXEL_WIDTH, PIXEL_HEIGHT = 0x0112, 0xA002, 0xA003
@@ -23,6 +24,8 @@ STORAGE = {
     *range(254, 267), *range(273, 274), *range(277, 285), *range(288, 294), RESOLUTION_UNIT, 297, 301, *range(317, 349),
     *range(512, 533), 700, 32997, 32998, 33628, 33723, 34377, 34675, 37724, 50838, 50839, DETAILS, GPS,
 }  # fmt: skip
+# What a directory holds that is left out whole: XMP and IPTC may speak of the old file's size and orientation.
+BESIDE = {700: "XMP", 33723: "IPTC"}
 MAX_ICC_BYTES = 16 * 2**20
 MAX_JPEG_EXIF_BYTES = 65533
 DPI_RANGE = (1, 65535)  # what JPEG holds; a resolution outside is a mistake
@@ -53,7 +56,13 @@ def read_exif(source: bytes | BinaryIO) -> tuple[Image.Exif | None, tuple[float,
     dpi = _resolution(found[None])
     lost -= {(None, tag) for tag in STORAGE - {DETAILS, GPS}}
     notes = [f"EXIF fields that cannot be carried are left out: {_names(lost)}"] if lost else []
+    notes += not_carried({name for tag, name in BESIDE.items() if tag in found[None]})
     return (_exif_of(fields) if any(fields.values()) else None), dpi, notes
+
+
+def not_carried(names: set[str]) -> list[str]:
+    """Return a note that what a file holds beside EXIF, by kind, does not travel along; none for nothing."""
+    return [f"what is not carried along: {', '.join(sorted(names))}"] if names else []
 
 
 def _readable(raw: Image.Exif) -> tuple[Fields, Tags]:
@@ -126,11 +135,14 @@ def usable_dpi(dpi: object) -> tuple[tuple[float, float] | None, list[str]]:
 
 
 def usable_icc(icc: object) -> tuple[bytes | None, list[str]]:
-    """Return an ICC profile of a possible size, and a note if it had to be left out."""
+    """Return an ICC profile of a possible size that fits grey or RGB, and a note if it had to be left out."""
     if not icc or not isinstance(icc, bytes):
         return None, ["its colour profile is broken and left out"] if icc else []
     if len(icc) > MAX_ICC_BYTES:
         return None, [f"its colour profile of {len(icc) / 2**20:.0f} MB is left out"]
+    if icc[36:40] == b"acsp" and icc[16:20] not in (b"RGB ", b"GRAY"):  # pixels are grey or RGB by now
+        kind = shown(icc[16:20].decode("latin-1").strip())
+        return None, [f"its colour profile is one of {kind}, which does not fit its pixels, and is left out"]
     return icc, []
 
 

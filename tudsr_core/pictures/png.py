@@ -14,17 +14,22 @@ HEADER_END = 8 + 25
 MAX_CHUNKS = 200_000
 PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 LEGACY_EXIF = (b"Raw profile type exif", b"Raw profile type APP1")
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 @dataclass
 class Chunks:
-    """A PNG file taken apart: `pixels` is a PNG of the picture alone, the rest travels beside it."""
+    """A PNG file taken apart: `pixels` is a PNG of the picture alone, the rest travels beside it.
+
+    `beside` are the kinds of texts in it, which do not.
+    """
 
     pixels: bytes
     exif: bytes | None = None
     icc: bytes | None = None
     dpi: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
+    beside: set[str] = field(default_factory=set)
 
 
 def split(data: bytes) -> Chunks:
@@ -55,7 +60,7 @@ def split(data: bytes) -> Chunks:
 def _keep(found: Chunks, kind: bytes, body: bytes, checksum: bytes) -> None:
     if kind == b"acTL":
         found.notes.append("this file is animated; only its first picture is used")
-    if kind not in (b"eXIf", b"iCCP", b"pHYs", b"tEXt", b"zTXt"):
+    if kind not in (b"eXIf", b"iCCP", b"pHYs", *TEXTS):
         return
     if zlib.crc32(kind + body) != int.from_bytes(checksum, "big"):
         raise ValueError
@@ -68,7 +73,10 @@ def _keep(found: Chunks, kind: bytes, body: bytes, checksum: bytes) -> None:
         name, _, rest = body.partition(b"\0")
         if kind == b"iCCP":
             found.icc = _inflate(rest[1:])
-        elif name in LEGACY_EXIF and found.exif is None:
+        elif name not in LEGACY_EXIF or kind == b"iTXt":
+            kinds = {b"XML:com.adobe.xmp": "XMP", b"Raw profile type xmp": "XMP", b"Raw profile type iptc": "IPTC"}
+            found.beside.add(kinds.get(name, "texts"))
+        elif found.exif is None:
             # ImageMagick's way before eXIf: a line with the name, one with the length, then hexadecimal
             text = (_inflate(rest[1:]) if kind == b"zTXt" else rest).decode("ascii")
             found.exif = bytes.fromhex("".join(text.split()[2:]))

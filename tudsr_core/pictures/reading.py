@@ -20,12 +20,15 @@ from PIL import Image, UnidentifiedImageError
 from ..missing import needs
 from . import png
 from .files import FORMATS, Picture, PictureError, Unsuitable, check_file_bytes, check_size
-from .metadata import ORIENTATION, read_exif, usable_dpi, usable_icc
+from .metadata import ORIENTATION, not_carried, read_exif, usable_dpi, usable_icc
 from .raster import Raster, cmyk_to_rgb, scaled
 from .tiff import MAGIC as TIFF_MAGIC
 from .tiff import read_tiff
 
-MAX_SCANS = 200  # of a progressive JPEG, each of which goes over the whole picture; cameras and programs make about 10
+# A progressive JPEG's scans each go over the whole picture, about a second for 700 million pixels; cameras and programs
+# make about 10, which any size may have.
+FREE_SCANS, MAX_SCANS, MAX_SCANNED_PIXELS = 20, 200, 4e9
+IPTC_BLOCK = 0x0404  # of what Photoshop puts into a JPEG
 GREY_MODES = ("1", "L", "LA", "La")
 ALPHA_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
 MODES = (*GREY_MODES, *ALPHA_MODES, "P", "RGB", "RGBX", "CMYK", "YCbCr")
@@ -81,12 +84,29 @@ def _read(path: Path, head: bytes, file_bytes: int, max_megapixels: float | None
     if kind is None:
         names = ", ".join(sorted(set(FORMATS.values())))
         raise Unsuitable(f"this is not a picture that tudsr reads ({names}, GIF, BMP)")
-    if kind == "JPEG" and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
-        raise Unsuitable(f"it has more than {MAX_SCANS} scans; save it again as a plain JPEG")
     with Image.open(path, formats=[kind]) as image:
+        if kind == "JPEG":
+            _check_scans(path.read_bytes().count(b"\xff\xda"), image.size)
         raster = _decode(image, file_bytes, max_megapixels, image.info.get("icc_profile"))
         exif, exif_dpi, notes = read_exif(image.info.get("exif") or b"")
+        notes += not_carried(_beside(image.info))
         return _picture(raster, exif, image.info.get("dpi") or exif_dpi, notes)
+
+
+def _beside(info: dict) -> set[str]:
+    """Return the kinds of texts that Pillow found in a JPEG, WebP or GIF file."""
+    found = {name for key, name in (("xmp", "XMP"), ("comment", "comment")) if info.get(key)}
+    blocks = info.get("photoshop")
+    return found | ({"IPTC"} if isinstance(blocks, dict) and blocks.get(IPTC_BLOCK) else set())
+
+
+def _check_scans(scans: int, size: tuple[int, int]) -> None:
+    width, height = size
+    limit = min(MAX_SCANS, max(FREE_SCANS, int(MAX_SCANNED_PIXELS / max(1, width * height))))
+    if scans > limit:
+        raise Unsuitable(
+            f"it has {scans} scans, of which {width} x {height} pixels may have {limit}; save it again as a plain JPEG"
+        )
 
 
 def _read_tiff(path: Path, max_megapixels: float | None) -> Picture:
@@ -110,7 +130,7 @@ def _read_png(data: bytes, max_megapixels: float | None) -> Picture:
         else:
             raster = _decode(image, len(data), max_megapixels, parts.icc)
     exif, dpi, notes = read_exif(parts.exif or b"")
-    return _picture(raster, exif, parts.dpi or dpi, parts.notes + notes)
+    return _picture(raster, exif, parts.dpi or dpi, parts.notes + notes + not_carried(parts.beside))
 
 
 def _decode(image: Image.Image, file_bytes: int, max_megapixels: float | None, icc: bytes | None) -> Raster:

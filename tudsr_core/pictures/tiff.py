@@ -28,9 +28,11 @@ DECODED_HERE = {NONE, PACKBITS, LZW, *DEFLATES, LZMA, ZSTD}
 DECODED_BY_PILLOW = {2, 3, 4, 6, 7}
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB, ICCLAB = 0, 1, 2, 3, 5, 6, 8, 9
 COLORS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, CIELAB: 3, ICCLAB: 3}
-COLORMAP, INK_SET, EXTRA_SAMPLES, PROFILE = 320, 332, 338, 34675
+COLORMAP, INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, PROFILE = 320, 332, 338, 339, 34675
 PREMULTIPLIED, ALPHA = 1, 2
 REDUCED = 1  # of NewSubfileType
+NEARLY = 1.001  # what rounding may make of 1
+DEPTHS = (8, 10, 12, 14, 16)
 
 
 def read_tiff(path: Path, max_megapixels: float | None = None) -> Raster | None:
@@ -52,7 +54,8 @@ def read_tiff(path: Path, max_megapixels: float | None = None) -> Raster | None:
             _check_page(page, size, max_megapixels)
             if page.compression in DECODED_BY_PILLOW or page.photometric == YCBCR:
                 if page.bitspersample not in (1, 8):
-                    raise Unsuitable(f"its compressed samples are {page.bitspersample}-bit; save it without JPEG")
+                    what, remedy = ("YCbCr", "as RGB") if page.compression == NONE else ("compressed", "without JPEG")
+                    raise Unsuitable(f"its {what} samples are {page.bitspersample}-bit; save it {remedy}")
                 return None
             _check_segments(page, size)
             array = page.asarray(maxworkers=1, squeeze=False)[:, 0]
@@ -77,8 +80,9 @@ def _check_directory(file: BinaryIO, size: int) -> bool:
     head = file.read(16)
     order = "<" if head[:2] == b"II" else ">"
     big = 43 in head[2:4]
-    offset = struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4)[0]
-    counted, entry, inline = ("Q", "HHQ8x", 8) if big else ("H", "HHI4x", 4)
+    address = "Q" if big else "I"
+    offset = struct.unpack_from(order + address, head, 8 if big else 4)[0]
+    counted, entry, inline = ("Q", "HHQ8s", 8) if big else ("H", "HHI4s", 4)
     if offset >= size:
         raise ValueError("its directory lies beyond its end")
     file.seek(offset)
@@ -86,13 +90,27 @@ def _check_directory(file: BinaryIO, size: int) -> bool:
     if not 0 < tags <= MAX_TAGS:
         raise ValueError(f"its directory claims {tags} tags")
     claimed = 0
-    for _, kind, count in struct.iter_unpack(order + entry, file.read(tags * struct.calcsize(order + entry))):
+    kinds = None
+    for tag, kind, count, value in struct.iter_unpack(order + entry, file.read(tags * struct.calcsize(order + entry))):
         length = count * (VALUE_BYTES[kind] if kind < len(VALUE_BYTES) else 0)
         claimed += length if length > inline else 0
         if claimed > size:
             raise ValueError("its tags claim more bytes than it holds")
+        if (tag, kind) == (SAMPLE_FORMAT, 3) and 1 < count <= MAX_CHANNELS:
+            kinds = (count, value if length <= inline else struct.unpack(order + address, value)[0])
     following = file.read(inline)
+    if kinds:
+        _check_kinds(file, order, *kinds)
     return len(following) == inline and any(following)
+
+
+def _check_kinds(file: BinaryIO, order: str, count: int, where: bytes | int) -> None:
+    """Refuse channels of different kinds of numbers, which tifffile takes for damage."""
+    if isinstance(where, int):
+        file.seek(where)
+        where = file.read(2 * count)
+    if len(set(struct.unpack_from(f"{order}{count}H", where))) > 1:
+        raise Unsuitable("its channels are of different kinds (whole numbers, floats); save it with one kind for all")
 
 
 def _check_page(page, size: int, max_megapixels: float | None) -> None:
@@ -140,8 +158,8 @@ def _interpret(page, planes: np.ndarray, icc: bytes | None, notes: list[str]) ->
     if len(planes) < colors:
         raise ValueError(f"it has {len(planes)} channels where its colours need {colors}")
     alpha_at, kind = _alpha(page, photometric, len(planes) - colors, notes)
-    alpha = None if alpha_at is None else scaled(planes[colors + alpha_at][None], *_range(page, planes, []))[0]
     color, bits, icc = _colors(page, photometric, planes[:colors], icc, notes)
+    alpha = None if alpha_at is None else _transparency(page, planes, colors + alpha_at, notes)
     if kind == PREMULTIPLIED:
         color = unpremultiplied(color, alpha)
     return Raster(color if alpha is None else np.concatenate([color, alpha[None]]), bits, notes, icc)
@@ -171,6 +189,22 @@ def _alpha(page, photometric: int, extra: int, notes: list[str]) -> tuple[int | 
     return found[0] if found else (None, ALPHA)
 
 
+def _transparency(page, planes: np.ndarray, at: int, notes: list[str]) -> np.ndarray:
+    """Return the plane `at` as alpha 0..1; programs scale it apart from the colours, so its own values decide."""
+    plane = planes[at][None]
+    low, high = _range(page, plane, [], at)
+    if plane.dtype.kind == "f" and not _declared_range(page, at):
+        top = float(plane.max())
+        # Filters overshoot a little; much more than opaque is no highlight, as it is of colours, but a whole number.
+        if top > 2:
+            high = next((2**bits - 1 for bits in DEPTHS if top <= 2**bits - 0.5), None)
+            if high is None:
+                raise Unsuitable(f"its float transparency reaches {top:g} and declares no range; export it as 0..1")
+        if top > NEARLY or float(planes[:at].max()) > NEARLY:
+            notes.append(f"its float transparency reaches {top:g} and declares no range; {high} is taken for opaque")
+    return scaled(plane, low, high)[0]
+
+
 def _colors(page, photometric: int, planes: np.ndarray, icc: bytes | None, notes: list[str]):
     """Return colour planes `1 or 3 H W`, their depth, and the profile that still holds for them."""
     bits = 8 if page.bitspersample <= 8 else 16
@@ -178,7 +212,7 @@ def _colors(page, photometric: int, planes: np.ndarray, icc: bytes | None, notes
         return *_from_palette(page, planes[0]), icc
     if photometric in (CIELAB, ICCLAB):
         notes.append("its CIELab colours are converted to sRGB")
-        return lab_to_srgb(_lab(planes, photometric)), bits, None
+        return lab_to_srgb(_lab(planes, photometric, page.bitspersample)), bits, None
     values = scaled(planes, *_range(page, planes, notes))
     if photometric == CMYK:
         if page.tags.valueof(INK_SET, 1) != 1:
@@ -207,11 +241,11 @@ def _from_palette(page, index: np.ndarray) -> tuple[np.ndarray, int]:
     return scaled(table[:, index], 0, 65535), 8 if not (table % 257).any() else 16
 
 
-def _lab(planes: np.ndarray, photometric: int) -> np.ndarray:
+def _lab(planes: np.ndarray, photometric: int, bits: int) -> np.ndarray:
     """Return L* 0..100, a*, b* of unsigned or signed 8- or 16-bit planes (TIFF 6.0, section 23; TTN1)."""
-    bits = planes.dtype.itemsize * 8
-    if planes.dtype.kind not in "ui" or bits > 16:
-        raise Unsuitable(f"its CIELab samples are {planes.dtype}; save it with 8 or 16 bit, or as RGB")
+    if planes.dtype.kind not in "ui" or bits not in (8, 16):
+        kind = "float" if planes.dtype.kind == "f" else f"{bits}-bit"
+        raise Unsuitable(f"its CIELab samples are {kind}; save it with 8 or 16 bit, or as RGB")
     unsigned = planes.view(f"u{planes.dtype.itemsize}")
     lightness = unsigned[:1].astype(np.float32) * (100 / (2**bits - 1))
     if len(planes) == 1:
@@ -222,9 +256,9 @@ def _lab(planes: np.ndarray, photometric: int) -> np.ndarray:
     return np.concatenate([lightness, chroma.astype(np.float32) / 2 ** (bits - 8)])
 
 
-def _range(page, planes: np.ndarray, notes: list[str]) -> tuple[float, float]:
-    """Return which numbers are black and white, and note what had to be assumed."""
-    declared = _declared_range(page)
+def _range(page, planes: np.ndarray, notes: list[str], first: int = 0) -> tuple[float, float]:
+    """Return which numbers are black and white in the channels from `first` on, and note what had to be assumed."""
+    declared = _declared_range(page, first, len(planes))
     if planes.dtype.kind in "bu":  # numpy's kind "b" is bool
         white = 2**page.bitspersample - 1
         if declared and _is_depth(declared[1]) and planes.max() <= declared[1] < white:
@@ -242,31 +276,44 @@ def _range(page, planes: np.ndarray, notes: list[str]) -> tuple[float, float]:
         if declared != (0, 1):
             notes.append(f"its float numbers are read from {declared[0]:g} to {declared[1]:g}, as the file declares")
         return declared
-    return 0, _float_white(float(planes.max()), float(np.median(planes)), notes)
+    white = _float_white(planes, notes)
+    bottom = float(planes.min())
+    if bottom < (1 - NEARLY) * white:
+        notes.append(f"its float numbers begin at {bottom:g} and declare no range; those below 0 are cut off")
+    return 0, white
 
 
-def _float_white(top: float, median: float, notes: list[str]) -> float:
-    """Return white of float numbers that declare no range: 1, or an integer's where most are above 1."""
-    if top <= 1.001:
+def _float_white(planes: np.ndarray, notes: list[str]) -> float:
+    """Return white of float numbers that declare no range: 1, or a whole number's where they look like its steps."""
+    top = float(planes.max())
+    if top <= NEARLY:
         return 1
-    if median <= 1:
-        notes.append(f"its float numbers reach {top:g} and declare no range; those above 1 are cut off")
-        return 1
-    white = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if top <= 2**bits - 0.5), None)
-    if white is None:
-        raise Unsuitable(f"its float numbers reach {top:g} and declare no range; export them as 0..1")
-    notes.append(f"its float numbers reach {top:g} and declare no range; {white} is taken for white")
+    said = f"its float numbers reach {top:g} and declare no range"
+    white = 1
+    if np.median(planes) > 1:
+        white = next((2**bits - 1 for bits in DEPTHS if top <= 2**bits - 0.5), None)
+        if white is None:
+            raise Unsuitable(f"{said}; export them as 0..1")
+        # Bright light reaches any number, mostly of fractions: read as a dark picture of some depth, it would be black.
+        if top <= white / 2 and (planes != np.rint(planes)).any():
+            white = 1
+    notes.append(f"{said}; " + (f"{white} is taken for white" if white > 1 else "those above 1 are cut off"))
     return white
 
 
-def _declared_range(page) -> tuple[float, float] | None:
-    """Return SMinSampleValue and SMaxSampleValue, or MinSampleValue and MaxSampleValue, if they make sense."""
+def _declared_range(page, first: int = 0, count: int = 1) -> tuple[float, float] | None:
+    """Return SMinSampleValue and SMaxSampleValue, or MinSampleValue and MaxSampleValue, if they make sense.
+
+    Where a file says one for each channel, those of `count` channels from `first` on.
+    """
     for low_tag, high_tag in ((340, 341), (280, 281)):
         if high_tag not in page.tags:
             continue
         try:
-            low = float(np.min(page.tags.valueof(low_tag, 0)))
-            high = float(np.max(page.tags.valueof(high_tag)))
+            low, high = (np.atleast_1d(page.tags.valueof(tag, 0)) for tag in (low_tag, high_tag))
+            own = slice(first, first + count)
+            low = float(np.min(low[own] if len(low) == page.samplesperpixel else low))
+            high = float(np.max(high[own] if len(high) == page.samplesperpixel else high))
         except (TypeError, ValueError):
             continue
         if math.isfinite(low) and math.isfinite(high) and low < high:

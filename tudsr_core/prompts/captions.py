@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..untrusted import MAX_LAYERS, Fields, UntrustedError, parse_json, read_text, shown
+from ..untrusted import MAX_LAYERS, MAX_SIZE, Fields, UntrustedError, parse_json, read_text, shown, some
 from .tile_prompts import CountProgress, TilePrompt, content_key
 
 BLIP, FLORENCE = "blip", "florence2"
 MAX_NEW_TOKENS = 48
+MAX_SIDE = 2048  # pixels, as a network sees a picture; BLIP's are 384, Florence's 768
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def caption_kind(folder: Path) -> str | None:
@@ -26,18 +28,52 @@ def caption_kind(folder: Path) -> str | None:
     return kind if kind in (BLIP, FLORENCE) else None
 
 
-def _check_layers(path: Path) -> None:
-    """Raise UntrustedError for a configuration of more layers than any captioner has: they are built before a look."""
-    waiting = [parse_json(read_text(path), str(path))]
+def _settings(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of a table, and of the tables inside it; raises UntrustedError naming the file."""
+    waiting = [Fields(parse_json(read_text(path), str(path)), str(path)).values]
     while waiting:
         for name, value in waiting.pop().items():
+            yield name, value
             if isinstance(value, dict):
                 waiting.append(value)
-            elif "layers" in name or name == "depths":
-                if sum(x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)) > MAX_LAYERS:
-                    raise UntrustedError(
-                        f"{path}: {shown(name)} has too many layers, no captioner has over {MAX_LAYERS}"
-                    )
+
+
+def _check_settings(folder: Path) -> None:
+    """Raise UntrustedError for sizes that no captioner has: networks are built of them before a look at the weights."""
+    path = folder / "config.json"
+    for name, value in _settings(path):
+        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
+        if ("layers" in name or name == "depths") and sum(numbers) > MAX_LAYERS:
+            raise UntrustedError(f"{path}: {shown(name)} has too many layers, no captioner has over {MAX_LAYERS}")
+        if any(abs(x) > MAX_SIZE for x in numbers):
+            raise UntrustedError(f"{path}: {shown(name)} is too large, no captioner has over {MAX_SIZE:,}")
+    for path in filter(Path.is_file, (folder / name for name in PROCESSOR_FILES)):
+        for name, value in _settings(path):
+            sizes = (value if isinstance(value, dict) else {name: value}) if name in ("size", "crop_size") else {}
+            for side in sizes:
+                Fields(sizes, f"{path}, {name}").whole(side, default=1, least=1, most=MAX_SIDE)
+            if name in ("image_mean", "image_std") and len(Fields({name: value}, str(path)).numbers(name)) != 3:
+                raise UntrustedError(f"{path}: {name} must be three numbers, one for each colour")
+
+
+def _check_weights(folder: Path, kind: type, config: Any) -> None:
+    """Raise UntrustedError if the configuration asks for more weights than the files can hold, before they are made."""
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in kind(config).parameters())
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))  # at least a byte for each weight
+    if held and wanted > held:
+        raise UntrustedError(
+            f"{folder}: its config.json asks for {wanted:,} weights, its files hold {held:,} bytes; download it again"
+        )
+
+
+def _refuse_lacking(folder: Path, model: Any, missing: Iterable[str]) -> None:
+    """Raise UntrustedError for weights that transformers has made up, other than those that share another's."""
+    weights, missing = model.state_dict(), set(missing)
+    held = {tensor.data_ptr() for key, tensor in weights.items() if key not in missing}
+    lost = [key for key in missing & weights.keys() if weights[key].data_ptr() not in held]
+    if lost := sorted(key for key in lost if weights[key].is_floating_point()):
+        raise UntrustedError(f"{folder} lacks weights that its config.json asks for: {some(lost)}; download it again")
 
 
 class CaptionPrompter:
@@ -65,18 +101,23 @@ class CaptionPrompter:
         if not hasattr(transformers, name):
             raise ValueError(f"transformers {transformers.__version__} has no {name}; update it")
         transformers.utils.logging.disable_progress_bar()
-        _check_layers(self.folder / "config.json")
+        _check_settings(self.folder)
+        kind = getattr(transformers, name)
         safe = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(self.folder, **safe)
-            self.model = getattr(transformers, name).from_pretrained(self.folder, use_safetensors=True, **safe)
+            _check_weights(self.folder, kind, kind.config_class.from_pretrained(self.folder, local_files_only=True))
+            model, about = kind.from_pretrained(self.folder, use_safetensors=True, output_loading_info=True, **safe)
+            _refuse_lacking(self.folder, model, about["missing_keys"])
+        except UntrustedError:
+            raise
         except Exception as error:  # whatever transformers makes of settings that cannot be
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UntrustedError(
                 f"{self.folder} cannot be loaded by transformers {transformers.__version__}: {reason}. "
                 "It needs safetensors weights in transformers' own layout (for Florence-2: florence-community)"
             ) from error
-        self.model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
 
     def describe(self, tiles: Sequence[Tensor], tick: CountProgress) -> list[TilePrompt]:
         """Return a caption of each tile."""
@@ -89,8 +130,19 @@ class CaptionPrompter:
             tick(number, len(tiles))
         return prompts
 
-    @torch.inference_mode()
     def _caption(self, tile: Tensor, device: Any) -> str:
+        try:
+            return self._generate(tile, device)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if "memory" in str(error):  # torch's are RuntimeErrors too, and nothing is wrong with the folder
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UntrustedError(
+                f"{self.folder} cannot caption: {reason}; its settings do not belong together, download it again"
+            ) from error
+
+    @torch.inference_mode()
+    def _generate(self, tile: Tensor, device: Any) -> str:
         from PIL import Image
 
         picture = Image.fromarray((tile.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy())

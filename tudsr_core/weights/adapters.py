@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..diffusion import OneStep
 from ..methods import METHODS, Method
-from .tensor_files import CheckpointError, some
+from ..untrusted import some
+from .tensor_files import CheckpointError
 
 
 @dataclass(frozen=True)

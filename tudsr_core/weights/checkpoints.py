@@ -17,10 +17,10 @@ from torch import Tensor
 from ..assets import asset_path
 from ..diffusion import OneStep, from_noise_level, scaled_linear
 from ..methods import METHODS, StageLimits
-from ..untrusted import Fields, parse_json, shown
+from ..untrusted import Fields, parse_json, shown, some
 from .adapters import Adapter, WeightDelta, map_updates
 from .formats import UNET_FOLDER, VAE_FOLDER, pair, read_foreign, read_peft_folder, take_alphas
-from .tensor_files import SUFFIXES, CheckpointError, TensorFile, check_finite, read_file, some, write_file
+from .tensor_files import SUFFIXES, CheckpointError, TensorFile, check_finite, read_file, write_file
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def read_model(path: Path) -> ModelFile:
         raise CheckpointError(f"{path} is not a tudsr model file, which is a .safetensors; check the path")
     file = read_file(path)
     if file.metadata.get("format") != MODEL_FORMAT:
-        raise CheckpointError(f"{path} is not a tudsr model file (its metadata says {file.metadata.get('format')!r})")
+        said = shown(file.metadata.get("format", "nothing"))
+        raise CheckpointError(f"{path} is not a tudsr model file (its metadata says {said}); check the path")
     parts: dict[str, dict[str, Tensor]] = {"vae": {}, "unet": {}, "stage_two": {}}
     for key, tensor in file.tensors.items():
         part, _, name = key.partition(".")
@@ -209,7 +210,7 @@ def _read_own(file: TensorFile) -> Adapter:
     """Updates are under `unet.`, `detail.` and VAE paths (`encoder.`, `quant_conv.`), weights under `base.`."""
     path, metadata = file.path, file.metadata
     if metadata["format"] not in ADAPTER_FORMATS:
-        raise CheckpointError(f"{path} was written by a newer version ({metadata['format']}); update this pack")
+        raise CheckpointError(f"{path} was written by a newer version ({shown(metadata['format'])}); update this pack")
     patches = {}
     rest = dict(file.tensors)
     predictor = _take(rest, "predictor.")
@@ -246,7 +247,9 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _read_about(path: Path, metadata: dict[str, str]) -> dict:
     method = metadata.get("method", "tudsr")
     if method not in METHODS:
-        raise CheckpointError(f"{path} is of method {method!r}, which this version does not know; update this pack")
+        raise CheckpointError(
+            f"{path} is of method '{shown(method)}', which this version does not know; update this pack"
+        )
     where = f"the metadata of {path}"
     names = metadata.keys() & {"steps", "step", "stage"}
     said = {name: parse_json(metadata[name], where, CheckpointError) for name in names}

@@ -14,9 +14,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..methods import METHODS
-from ..untrusted import Fields, parse_json, read_text, shown
+from ..untrusted import Fields, read_text, shown, some
 from .adapters import Adapter, LoRAWeights, WeightDelta, sides
-from .tensor_files import CheckpointError, TensorFile, check_finite, some
+from .lora_config import read_lora_config
+from .tensor_files import CheckpointError, TensorFile, check_finite
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def take_alphas(path: Path, tensors: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _read_peft(folder: Path, read: Callable[[Path], TensorFile]) -> WeightDelta:
-    config = _lora_config(read_text(folder / "adapter_config.json", CheckpointError), folder)
+    config = read_lora_config(read_text(folder / "adapter_config.json", CheckpointError), folder)
     names = ("adapter_model.safetensors", "adapter_model.bin")
     files = [folder / name for name in names if (folder / name).is_file()] or [folder / names[0]]
     return WeightDelta(_peft_lows(folder, read(files[0]).tensors, config), targets=_targets(folder, config))
@@ -124,33 +125,21 @@ def _targets(path: Path, config: Fields) -> tuple[str, ...]:
     return ()
 
 
-def _lora_config(text: str, path: Path) -> Fields:
-    """Return the LoRA configuration that peft or diffusers wrote; the latter puts `unet.` before each name."""
-    where = f"the LoRA configuration of {path}"
-    fields = Fields(parse_json(text, where, CheckpointError), where, CheckpointError)
-    fields.values = {key.removeprefix("unet."): value for key, value in fields.values.items()}
-    return fields
-
-
 def _peft_lows(path: Path, tensors: dict[str, Tensor], config: Fields) -> dict[str, LoRAWeights]:
-    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
-        if config.values.get(key):
-            raise CheckpointError(f"{path} uses {key}, which this pack does not support")
+    if config.values.get("rank_pattern"):
+        raise CheckpointError(f"{path} uses rank_pattern, which this pack does not support")
     foreign = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
     if foreign:
         raise CheckpointError(f"{path} has keys that are no peft LoRA: {some(foreign)}")
     own = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
-    # rsLoRA scales by alpha / sqrt(r) where plain LoRA has alpha / r.
-    rooted = bool(config.values.get("use_rslora"))
-    lows = pair(
-        path,
-        own,
-        ".lora_A.weight",
-        ".lora_B.weight",
-        lambda _, rank: float(config.number("lora_alpha", rank)) * (rank**0.5 if rooted else 1),
-    )
+    lows = pair(path, own, ".lora_A.weight", ".lora_B.weight", lambda _, rank: _alpha(config, rank))
     _check_ranks(path, lows, config, "r", "")
     return lows
+
+
+def _alpha(config: Fields, rank: int) -> float:
+    # rsLoRA scales by alpha / sqrt(r) where plain LoRA has alpha / r.
+    return float(config.number("lora_alpha", rank)) * (rank**0.5 if config.values.get("use_rslora") else 1)
 
 
 def _check_ranks(path: Path, lows: dict[str, LoRAWeights], fields: Fields, name: str, of: str) -> None:
@@ -172,7 +161,7 @@ def _peft_config(file: TensorFile) -> Fields:
     text = file.metadata.get("lora_adapter_metadata")
     if text is None:
         text = read_text(beside, CheckpointError) if beside.is_file() else "{}"
-    return _lora_config(text, file.path)
+    return read_lora_config(text, file.path)
 
 
 def _read_osediff(file: TensorFile) -> Adapter:
@@ -295,7 +284,7 @@ def _read_lora(file: TensorFile) -> Adapter:
         raise CheckpointError(f"{file.path} has an alpha without its update: {some(lost)}; the file is damaged")
     config = _peft_config(file)
     lows = pair(
-        file.path, own, ".down", ".up", lambda name, rank: alphas.get(name, float(config.number("lora_alpha", rank)))
+        file.path, own, ".down", ".up", lambda name, rank: alphas[name] if name in alphas else _alpha(config, rank)
     )
     return Adapter(file.path.stem, WeightDelta(lows))
 
