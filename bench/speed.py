@@ -49,7 +49,7 @@ def plain(model, image: torch.Tensor, factor: int) -> torch.Tensor:
     for stage, grown in ((model.first, 4), (model.second, 8))[: 1 if factor == 4 else 2]:
         enlarged = resize(image, (side * grown, side * grown)).clamp(0, 1)
         networks = stage.networks
-        networks.backbone.unet_slot.use(networks.unet_patch)
+        networks.backbone.unet_merger.use(networks.unet_delta)
         z = networks.backbone.latents(networks.backbone.vae, enlarged * 2 - 1)
         plan = plan_tiles(*z.shape[-2:], 128, 64, spacing="stride")
         canvas = TileBlender(plan, "published")

@@ -67,7 +67,7 @@ class LoadEmbedded(io.ComfyNode):
         file = read_model(embedded_path())
         base, vae = build(file)
         first = attach(base, StageFacts("embedded stage one", 1, None, steps=(file.first_step,), limits=file.limits))
-        keys = {f"{path}.weight": f"{UNET_PREFIX}{path}.weight" for path in file.second.unet.lows}
+        keys = {f"{path}.weight": f"{UNET_PREFIX}{path}.weight" for path in file.second.unet.updates}
         patched = apply(base, file.second.unet, keys, "embedded stage two", "UNet")
         second = attach(patched, StageFacts("embedded stage two", 2, None, steps=file.second.steps, limits=file.limits))
         empty = torch.zeros(1, 1, file.unet_config["cross_attention_dim"])

@@ -225,9 +225,9 @@ def check_extra_model_folders_are_searched():
 
 def check_an_adapter_for_another_unet_is_refused():
     ours, adapters = part("nodes.host.adapters"), part("tudsr_core.weights.adapters")
-    low = adapters.LoRAWeights(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
+    update = adapters.LoRAWeights(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
     try:
-        ours.apply(stub_model(), adapters.WeightDelta({"nowhere.to_q": low}), {}, "foreign", "UNet")
+        ours.apply(stub_model(), adapters.WeightDelta({"nowhere.to_q": update}), {}, "foreign", "UNet")
     except part("tudsr_core.weights.tensor_files").CheckpointError as error:
         assert "foreign" in str(error) and "nowhere.to_q" in str(error)
     else:

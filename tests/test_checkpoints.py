@@ -50,12 +50,16 @@ def test_a_peft_folder_gives_pefts_own_output(tmp_path, noise):
     )
     x = noise(2, 4, 5, 5)
     plain = base(x)
-    slot = LoRAMerger(base, "UNet")
-    slot.check(adapter.unet, "test")
-    slot.use(adapter.unet)
+    merger = LoRAMerger(base, "UNet")
+    merger.check(adapter.unet, "test")
+    merger.use(adapter.unet)
     assert (base(x) - theirs(x)).abs().max() < 1e-5
     assert (base(x) - plain).abs().max() > 0.05
-    slot.use(WeightDelta({name: LoRAWeights(low.down, low.up, low.rank) for name, low in adapter.unet.lows.items()}))
+    merger.use(
+        WeightDelta(
+            {name: LoRAWeights(update.down, update.up, update.rank) for name, update in adapter.unet.updates.items()}
+        )
+    )
     assert (base(x) - theirs(x)).abs().max() > 1e-2
 
 
@@ -63,14 +67,14 @@ def test_a_peft_folder_gives_pefts_own_output(tmp_path, noise):
 def test_switching_back_and_forth_is_bit_exact(noise):
     torch.manual_seed(0)
     net, x = Net(), noise(1, 4, 5, 5)
-    slot = LoRAMerger(net, "UNet")
+    merger = LoRAMerger(net, "UNet")
     patches = [
         WeightDelta({"conv1": LoRAWeights(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 2.0)}) for _ in range(2)
     ]
     plain = net(x)
     outs = []
     for choice in (patches[0], patches[1], patches[0], None):
-        slot.use(choice)
+        merger.use(choice)
         outs.append(net(x))
     assert torch.equal(outs[0], outs[2])
     assert not torch.equal(outs[0], outs[1])
@@ -78,16 +82,18 @@ def test_switching_back_and_forth_is_bit_exact(noise):
 
 
 def test_adapter_file_round_trip(tmp_path):
-    lows = {"a.conv1": LoRAWeights(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 4.0)}
+    updates = {"a.conv1": LoRAWeights(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 4.0)}
     encoder = {"encoder.b": LoRAWeights(torch.randn(2, 4), torch.randn(4, 2), 2.0)}
     weights = {"conv_in.weight": torch.randn(6, 4, 3, 3)}
-    adapter = Adapter("mine", WeightDelta(lows, weights), WeightDelta(encoder), stage=2, steps=(from_noise_level(49),))
+    adapter = Adapter(
+        "mine", WeightDelta(updates, weights), WeightDelta(encoder), stage=2, steps=(from_noise_level(49),)
+    )
     write_adapter(tmp_path / "a.safetensors", adapter)
     back = read_adapter(tmp_path / "a.safetensors")
     assert (back.name, back.stage, back.steps, back.method) == ("mine", 2, (from_noise_level(49),), "tudsr")
-    assert torch.equal(back.unet.lows["a.conv1"].down, lows["a.conv1"].down)
+    assert torch.equal(back.unet.updates["a.conv1"].down, updates["a.conv1"].down)
     assert torch.equal(back.unet.weights["conv_in.weight"], weights["conv_in.weight"])
-    assert (back.unet.lows["a.conv1"].alpha, back.vae.lows["encoder.b"].alpha) == (4.0, 2.0)
+    assert (back.unet.updates["a.conv1"].alpha, back.vae.updates["encoder.b"].alpha) == (4.0, 2.0)
 
 
 def test_files_of_the_first_version_are_still_read(tmp_path):
@@ -98,7 +104,7 @@ def test_files_of_the_first_version_are_still_read(tmp_path):
     save_file(tensors, tmp_path / "old.safetensors", about)
     old = read_adapter(tmp_path / "old.safetensors")
     assert (old.stage, old.steps) == (2, (OneStep(50, 1.5, -0.5),))
-    assert old.unet.lows["conv1"].alpha == old.vae.lows["encoder.conv1"].alpha == 4.0
+    assert old.unet.updates["conv1"].alpha == old.vae.updates["encoder.conv1"].alpha == 4.0
 
 
 def change_file(folder, change):
@@ -156,16 +162,16 @@ def test_wrong_files_are_named(tmp_path):
 
 
 def test_an_adapter_for_another_base_is_refused():
-    slot = LoRAMerger(Net(), "UNet")
-    low = LoRAWeights(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
+    merger = LoRAMerger(Net(), "UNet")
+    update = LoRAWeights(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
     for patch, says in (
-        (WeightDelta({"down.conv9": low}), "does not have: down.conv9"),
+        (WeightDelta({"down.conv9": update}), "does not have: down.conv9"),
         (WeightDelta(weights={"conv_out.bias": torch.zeros(1)}), "does not have: conv_out.bias"),
-        (WeightDelta({"to_q": low}), "does not fit the shapes of this UNet at to_q"),
+        (WeightDelta({"to_q": update}), "does not fit the shapes of this UNet at to_q"),
         (WeightDelta(weights={"conv1.bias": torch.zeros(1)}), "does not fit the shapes of this UNet at conv1.bias"),
     ):
         with pytest.raises(CheckpointError, match=says):
-            slot.check(patch, "foreign")
+            merger.check(patch, "foreign")
 
 
 @pytest.mark.parametrize(

@@ -42,16 +42,16 @@ def nets():
 
 
 def eps_with(unet, patch, t):
-    slot = LoRAMerger(unet, "UNet")
-    slot.check(patch, "test")
-    slot.use(patch)
+    merger = LoRAMerger(unet, "UNet")
+    merger.check(patch, "test")
+    merger.use(patch)
     return published.eps_of(unet, t)
 
 
 def latent_with(vae, patch):
-    slot = LoRAMerger(vae, "VAE")
-    slot.check(patch, "test")
-    slot.use(patch)
+    merger = LoRAMerger(vae, "VAE")
+    merger.check(patch, "test")
+    merger.use(patch)
     return published.latent_of(vae)
 
 
@@ -82,22 +82,22 @@ def test_the_encoder_equals_pefts_own_forward(files, nets, name):
 
 def test_osediff_covers_everything_its_authors_list(files):
     adapter = read_adapter(files["osediff"].path)
-    assert {low.alpha / low.rank for low in adapter.unet.lows.values()} == {2.0}
-    assert "quant_conv" in adapter.vae.lows
+    assert {update.alpha / update.rank for update in adapter.unet.updates.values()} == {2.0}
+    assert "quant_conv" in adapter.vae.updates
     assert set(adapter.unet.weights) == {"conv_in.weight", "conv_in.bias"}
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda patch: replace(patch, lows={k: LoRAWeights(v.down, v.up, v.rank) for k, v in patch.lows.items()}),
+        lambda patch: replace(patch, updates={k: LoRAWeights(v.down, v.up, v.rank) for k, v in patch.updates.items()}),
         lambda patch: replace(patch, weights={}),
         lambda patch: replace(
             patch,
-            lows=patch.lows
+            updates=patch.updates
             | {
-                "mid_block.resnets.0.conv1": patch.lows["mid_block.resnets.0.conv2"],
-                "mid_block.resnets.0.conv2": patch.lows["mid_block.resnets.0.conv1"],
+                "mid_block.resnets.0.conv1": patch.updates["mid_block.resnets.0.conv2"],
+                "mid_block.resnets.0.conv2": patch.updates["mid_block.resnets.0.conv1"],
             },
         ),
     ],
@@ -115,12 +115,12 @@ def test_every_update_equals_pefts_delta_weight(tmp_path, nets):
     adapted = get_peft_model(nets[0], LoraConfig(r=5, lora_alpha=7, target_modules=published.OMGSR_TARGETS))
     published.randomise(adapted, 1)
     adapted.save_pretrained(tmp_path)
-    lows = read_adapter(tmp_path).unet.lows
+    updates = read_adapter(tmp_path).unet.updates
     modules = dict(adapted.base_model.model.named_modules())
-    assert len(lows) == 32 * 4 + 22 * 2 + 14 + 6 + 2
-    for path, low in lows.items():
+    assert len(updates) == 32 * 4 + 22 * 2 + 14 + 6 + 2
+    for path, update in updates.items():
         theirs = modules[path].get_delta_weight("default")
-        assert (low.delta(modules[path].base_layer.weight) - theirs).abs().max() < 1e-6, path
+        assert (update.delta(modules[path].base_layer.weight) - theirs).abs().max() < 1e-6, path
 
 
 def test_pisa_dials(files, nets):
@@ -139,10 +139,10 @@ def test_pisa_dials(files, nets):
 
 def test_pisa_merging_in_turn_equals_one_sum(files):
     adapter = read_adapter(files["pisa"].path)
-    for path, low in adapter.unet.plus(adapter.detail).lows.items():
-        first, second = adapter.unet.lows[path], adapter.detail.lows[path]
-        weight = torch.zeros(low.up.shape[0], *low.down.shape[1:])
-        assert (low.delta(weight) - (first.delta(weight) + second.delta(weight))).abs().max() < 1e-6
+    for path, update in adapter.unet.plus(adapter.detail).updates.items():
+        first, second = adapter.unet.updates[path], adapter.detail.updates[path]
+        weight = torch.zeros(update.up.shape[0], *update.down.shape[1:])
+        assert (update.delta(weight) - (first.delta(weight) + second.delta(weight))).abs().max() < 1e-6
 
 
 def test_pisa_updates_of_unlike_shapes_are_named(files, tmp_path):
@@ -264,7 +264,7 @@ def test_converted_files_say_and_do_the_same(files, tmp_path, nets, name):
     assert torch.equal(
         eps_with(nets[0], back.branches()[0][1], t), eps_with(published.networks()[0], adapter.branches()[0][1], t)
     )
-    assert back.vae.lows.keys() == adapter.vae.lows.keys()
+    assert back.vae.updates.keys() == adapter.vae.updates.keys()
     write_adapter(tmp_path / "half.safetensors", adapter, "fp16")
     half = eps_with(published.networks()[0], read_adapter(tmp_path / "half.safetensors").branches()[0][1], t)
     assert 0 < (half - files[name].eps["eps"]).abs().max() < 2e-2
@@ -335,7 +335,7 @@ def test_text_encoder_parts_are_left_out_with_a_word(files, tmp_path, caplog):
     tensors = load_file(files["kohya"].path)
     more = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{half}": torch.ones(2, 2) for half in ("lora_up.weight",)}
     save_file(tensors | more, tmp_path / "both.safetensors")
-    plain, ours = (read_adapter(path).unet.lows for path in (files["kohya"].path, tmp_path / "both.safetensors"))
+    plain, ours = (read_adapter(path).unet.updates for path in (files["kohya"].path, tmp_path / "both.safetensors"))
     assert plain.keys() == ours.keys() and all(torch.equal(plain[name].up, ours[name].up) for name in plain)
     assert "both.safetensors also changes the text encoder (1 tensors, lora_te_text_model_enc" in caplog.text
     save_file(more, tmp_path / "text.safetensors")
@@ -502,7 +502,7 @@ def test_the_configuration_of_a_diffusers_file_counts_too(files, tmp_path):
     for rooted in (False, True):
         about = {"unet.r": 4, "unet.lora_alpha": 2, "unet.use_rslora": rooted, "unet.init_lora_weights": "gaussian"}
         save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(about)})
-        updates.append(read_adapter(tmp_path / "x.safetensors").unet.lows)
+        updates.append(read_adapter(tmp_path / "x.safetensors").unet.updates)
     for name, plain in updates[0].items():
         assert updates[1][name].alpha == pytest.approx(plain.alpha * plain.rank**0.5)
     save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": '{"unet.use_dora": true}'})
@@ -528,10 +528,10 @@ def test_fp8_adapters_are_read_and_whole_numbers_refused(files, tmp_path):
         save_file(
             {k: v if k.endswith("alpha") else v.to(dtype) for k, v in tensors.items()}, tmp_path / "8.safetensors"
         )
-        low = read_adapter(tmp_path / "8.safetensors").unet.lows["mid_block.attentions.0.proj_in"]
-        whole = read_adapter(files["kohya"].path).unet.lows["mid_block.attentions.0.proj_in"]
+        update = read_adapter(tmp_path / "8.safetensors").unet.updates["mid_block.attentions.0.proj_in"]
+        whole = read_adapter(files["kohya"].path).unet.updates["mid_block.attentions.0.proj_in"]
         weight = torch.zeros(whole.up.shape[0], *whole.down.shape[1:])
-        assert (low.delta(weight) - whole.delta(weight)).norm() < 0.2 * whole.delta(weight).norm()
+        assert (update.delta(weight) - whole.delta(weight)).norm() < 0.2 * whole.delta(weight).norm()
     spoilt = {k: v if k.endswith("alpha") else v.to(torch.float8_e4m3fn) for k, v in tensors.items()}
     spoilt[f"{KOHYA}.lora_up.weight"] = torch.full_like(tensors[f"{KOHYA}.lora_up.weight"], float("nan")).to(
         torch.float8_e4m3fn
@@ -563,12 +563,12 @@ def test_foreign_files_are_named_with_what_is_known(tmp_path):
 def test_a_patch_returns_to_the_base_bit_for_bit(files, nets):
     unet, _ = nets
     before = {key: value.clone() for key, value in unet.state_dict().items()}
-    slot = LoRAMerger(unet, "UNet")
+    merger = LoRAMerger(unet, "UNet")
     first, second = (read_adapter(files[name].path) for name in ("osediff", "omgsr"))
     outs = []
     for patch in (first.unet, second.unet, first.unet):
-        slot.use(patch)
+        merger.use(patch)
         outs.append(published.eps_of(unet, 200))
-    slot.use(WeightDelta())
+    merger.use(WeightDelta())
     assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())

@@ -258,10 +258,10 @@ def test_one_adapter_alone_keeps_no_second_copy_of_its_weights(published_base):
     base, files = published_base
     alone = load_sd21(base, files["osediff"].path, device="cpu")
     upscale(photo(8, 8), alone, Target(scale=4), UpscaleOptions(color_fix="none", native_size=False))
-    slot = alone.first.networks.backbone.unet_slot
-    assert slot.active and not slot._originals
+    merger = alone.first.networks.backbone.unet_merger
+    assert merger.active and not merger._originals
     with pytest.raises(RuntimeError, match="were not kept"):
-        slot.use(None)
+        merger.use(None)
 
 
 def single_file(base, path, prefix="cond_stage_model.model.", **more):

@@ -44,5 +44,5 @@ def test_both_phases_run_and_the_file_is_a_model(tmp_path, monkeypatch, noise):
     enlarged = upscale(picture[..., :16, :16], loaded, Target(scale=8))
     assert enlarged.shape == (1, 3, 128, 128) and enlarged.isfinite().all()
     assert loaded.second.steps[0].t == training.STAGE_TWO.t
-    low = next(iter(loaded.second.networks.unet_patch.lows.values()))
-    assert low.alpha == pytest.approx(training.LORA_RANK)
+    update = next(iter(loaded.second.networks.unet_delta.updates.values()))
+    assert update.alpha == pytest.approx(training.LORA_RANK)

@@ -46,7 +46,7 @@ def apply(
     Raises CheckpointError that lists what has no place or another shape: a half-applied adapter is
     worse than none.
     """
-    wanted = [*patch.weights, *(f"{path}.weight" for path in patch.lows)]
+    wanted = [*patch.weights, *(f"{path}.weight" for path in patch.updates)]
     unmatched = [path for path in wanted if path not in keys]
     if unmatched:
         raise CheckpointError(
@@ -75,7 +75,7 @@ def lora_patches(patch: WeightDelta, keys: dict[str, str]) -> dict[str, Any]:
         keys[f"{path}.weight"]: comfy.weight_adapter.LoRAAdapter(
             set(), (update.up.float(), update.down.float(), float(update.alpha), None, None, None)
         )
-        for path, update in patch.lows.items()
+        for path, update in patch.updates.items()
     }
 
 
@@ -119,7 +119,7 @@ def with_change(vae: Any, change: VAEChange | None) -> Any:
         return vae
     if change is None:
         return plain
-    paths = [*change.patch.weights, *(f"{path}.weight" for path in {*change.patch.lows, *ENCODER_MODULES})]
+    paths = [*change.patch.weights, *(f"{path}.weight" for path in {*change.patch.updates, *ENCODER_MODULES})]
     result = copy.copy(plain)
     result.patcher = apply(plain.patcher, change.patch, vae_keys(plain, paths), change.name, "VAE", change.strength)
     result.patcher.set_attachments(VAE_KEY, (change, plain))

@@ -67,7 +67,7 @@ def halves(shape: tuple[int, ...], rank: int = RANK) -> tuple[Tensor, Tensor]:
     return down * 0.1, up * 0.1
 
 
-def lows(modules: dict[str, tuple[int, ...]]) -> dict[str, LoRAWeights]:
+def updates(modules: dict[str, tuple[int, ...]]) -> dict[str, LoRAWeights]:
     """Return an update of every module."""
     return {path: LoRAWeights(*halves(shape), 2.0) for path, shape in modules.items()}
 
@@ -138,7 +138,9 @@ def own(path: Path) -> Tree:
     """Return an adapter of this pack, with everything that one can have."""
     steps = (from_noise_level(200),)
     weights = {"conv_in.bias": torch.randn(8)}
-    write_adapter(path, Adapter("own", WeightDelta(lows(UNET), weights), WeightDelta(lows(VAE)), stage=1, steps=steps))
+    write_adapter(
+        path, Adapter("own", WeightDelta(updates(UNET), weights), WeightDelta(updates(VAE)), stage=1, steps=steps)
+    )
     return read_back(path)
 
 
@@ -147,7 +149,7 @@ def model(path: Path) -> Tree:
     shipped = read_model(embedded_path())
     vae, unet = shipped.vae_config | SMALL_VAE, shipped.unet_config | SMALL_UNET
     networks = [make(config, "here").state_dict() for make, config in ((make_vae, vae), (make_unet, unet))]
-    second = Adapter("stage two", WeightDelta(lows({FIRST: (8, 4, 3, 3)})), stage=2, steps=shipped.second.steps)
+    second = Adapter("stage two", WeightDelta(updates({FIRST: (8, 4, 3, 3)})), stage=2, steps=shipped.second.steps)
     write_model(path, ModelFile("small", vae, unet, *networks, shipped.first_step, second, shipped.limits))
     return read_back(path)
 

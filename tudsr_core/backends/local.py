@@ -61,7 +61,7 @@ class Backbone:
         for network in (self.vae, self.unet):
             # Past diffusers' own `to`, which warns about modules these networks do not have.
             nn.Module.to(network, self.device, self.dtype).eval().requires_grad_(False)
-        self.unet_slot, self.vae_slot = LoRAMerger(self.unet, "UNet"), LoRAMerger(self.vae, "VAE")
+        self.unet_merger, self.vae_merger = LoRAMerger(self.unet, "UNet"), LoRAMerger(self.vae, "VAE")
 
     @property
     def latent_scale(self) -> int:
@@ -127,9 +127,9 @@ class LocalNetworks:
         self, backbone: Backbone, unet: WeightDelta | None = None, vae: WeightDelta | None = None, name: str = ""
     ) -> None:
         self.backbone = backbone
-        self.unet_patch, self.vae_patch = unet or WeightDelta(), vae or WeightDelta()
-        backbone.unet_slot.check(self.unet_patch, name)
-        backbone.vae_slot.check(self.vae_patch, name)
+        self.unet_delta, self.vae_delta = unet or WeightDelta(), vae or WeightDelta()
+        backbone.unet_merger.check(self.unet_delta, name)
+        backbone.vae_merger.check(self.vae_delta, name)
 
     @property
     def facts(self) -> NetworkFacts:
@@ -143,7 +143,7 @@ class LocalNetworks:
 
     def encode(self, pixels: Tensor, seed: int | None, on_tile: Callable[[], None]) -> Encoded:
         """Return scaled float32 latents of `B 3 H W` in 0..1 on the CPU, with what the decoder will fuse."""
-        self.backbone.vae_slot.use(self.vae_patch)
+        self.backbone.vae_merger.use(self.vae_delta)
         levels = fused_levels(self.backbone.fusion)
         z, features = self.backbone.tiled_vae.encode_with_features(pixels, levels, on_tile, seed=seed)
         return Encoded(z * self.backbone.vae.config.scaling_factor, features)
@@ -160,7 +160,7 @@ class LocalNetworks:
 
         `condition` is one for all tiles, or a list with one for each, by `Tile.index`.
         """
-        self.backbone.unet_slot.use(self.unet_patch)
+        self.backbone.unet_merger.use(self.unet_delta)
         return body(lambda parts, tiles: self._predict_all(parts, t, self._rows(condition, len(parts), tiles)))
 
     def _rows(self, condition: Tensor | list[Tensor], count: int, tiles: Sequence[Tile]) -> Tensor:
@@ -261,8 +261,8 @@ def load_sd21(
     stages = [adapted_stage(backbone, adapter, options) for adapter in adapters]
     if len(stages) == 2:
         return TwoStageModel(*stages, StageLimits())
-    backbone.vae_slot.keep = False
-    backbone.unet_slot.keep = len(stages[0].branches) > 1
+    backbone.vae_merger.keep = False
+    backbone.unet_merger.keep = len(stages[0].branches) > 1
     largest = adapters[0].about.first_max
     return TwoStageModel(stages[0], None, StageLimits(first_max=largest, single_up_to=largest))
 

@@ -57,12 +57,12 @@ def _step(step: OneStep) -> str:
 
 
 def _patch(patch: WeightDelta) -> str:
-    ranks = sorted({low.rank for low in patch.lows.values()})
-    scales = sorted({round(low.alpha / low.rank, 4) for low in patch.lows.values()})
-    parameters = sum(low.down.numel() + low.up.numel() for low in patch.lows.values())
-    kinds = sorted({str(low.down.dtype).removeprefix("torch.") for low in patch.lows.values()})
+    ranks = sorted({update.rank for update in patch.updates.values()})
+    scales = sorted({round(update.alpha / update.rank, 4) for update in patch.updates.values()})
+    parameters = sum(update.down.numel() + update.up.numel() for update in patch.updates.values())
+    kinds = sorted({str(update.down.dtype).removeprefix("torch.") for update in patch.updates.values()})
     text = (
-        f"{len(patch.lows)} updates, rank {', '.join(map(str, ranks))}, scale {', '.join(f'{s:g}' for s in scales)}, "
+        f"{len(patch.updates)} updates, rank {', '.join(map(str, ranks))}, scale {', '.join(f'{s:g}' for s in scales)}, "
         f"{parameters:,} parameters, {', '.join(kinds)}"
     )
     return f"{text}; trained: {', '.join(patch.weights)}" if patch.weights else text

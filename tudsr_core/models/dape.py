@@ -233,7 +233,7 @@ def merge_updates(network: RamTagger, updates: TensorFile) -> None:
     and `key` have one each. Raises CheckpointError.
     """
     weights, layers = network.state_dict(), len(network.head)
-    own = {_own_name(key, layers): low for key, low in updates.tensors.items() if not key.startswith(CAPTIONING)}
+    own = {_own_name(key, layers): update for key, update in updates.tensors.items() if not key.startswith(CAPTIONING)}
     stacked = [key.removesuffix(".weight") for key in weights if key.endswith("attn.qkv.weight")]
     single = [f"head.{layer}.{part}" for layer in range(layers) for part in ("query", "key")]
     wanted = {}
@@ -248,8 +248,8 @@ def merge_updates(network: RamTagger, updates: TensorFile) -> None:
     for name in stacked:
         down, up = own[f"{name}.lora_A"], own[f"{name}.lora_B"]
         q, _, v = weights[f"{name}.weight"].chunk(3)
-        for weight, low in zip((q, v), zip(down.chunk(2), up.chunk(2), strict=True), strict=True):
-            weight.add_(LoRAWeights(*low, alpha=1.0).delta(weight))
+        for weight, update in zip((q, v), zip(down.chunk(2), up.chunk(2), strict=True), strict=True):
+            weight.add_(LoRAWeights(*update, alpha=1.0).delta(weight))
     for name in single:
         weight = weights[f"{name}.weight"]
         weight.add_(LoRAWeights(own[f"{name}.lora_A"], own[f"{name}.lora_B"], alpha=1.0).delta(weight))

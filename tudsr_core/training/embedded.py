@@ -283,7 +283,7 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
 
     tensors = get_peft_model_state_dict(adapted)
     names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    lows = {
+    updates = {
         name.removeprefix(PEFT_PREFIX): LoRAWeights(
             tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"], LORA_RANK
         )
@@ -298,7 +298,7 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
             vae=model.vae.state_dict(),
             unet=model.unet.state_dict(),
             first_step=STAGE_ONE,
-            second=Adapter("stage two", WeightDelta(lows), stage=2, steps=(STAGE_TWO,)),
+            second=Adapter("stage two", WeightDelta(updates), stage=2, steps=(STAGE_TWO,)),
             limits=StageLimits(first_max=4, second=2, single_up_to=4),
         ),
     )

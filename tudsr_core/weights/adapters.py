@@ -52,7 +52,7 @@ class LoRAWeights:
 
     def plus(self, other: LoRAWeights) -> LoRAWeights:
         """Return one update of the summed rank whose delta is the sum of both."""
-        ups = [low.up.float() * (low.alpha / low.rank) for low in (self, other)]
+        ups = [update.up.float() * (update.alpha / update.rank) for update in (self, other)]
         rank = self.rank + other.rank
         return LoRAWeights(torch.cat([self.down.float(), other.down.float()]), torch.cat(ups, 1), float(rank))
 
@@ -61,28 +61,28 @@ class LoRAWeights:
 class WeightDelta:
     """Changes to one network, by its diffusers paths.
 
-    `lows`: low-rank updates by module path. `weights`: trained values by parameter path that take
+    `updates`: low-rank updates by module path. `weights`: trained values by parameter path that take
     the place of the base model's (OSEDiff trains conv_in) before the updates are added. `targets`: how
     the names of all updated modules end, where the file says so; they lie under `within`.
     """
 
-    lows: dict[str, LoRAWeights] = field(default_factory=dict)
+    updates: dict[str, LoRAWeights] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     within: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.lows or self.weights)
+        return bool(self.updates or self.weights)
 
     def missing(self, modules: Iterable[str]) -> list[str]:
         """Return those of a network's linear and convolution `modules` that the file says it updates, and does not."""
         ends = tuple(f".{target}" for target in self.targets)
-        own = (name for name in modules if name.startswith(self.within) and name not in self.lows)
+        own = (name for name in modules if name.startswith(self.within) and name not in self.updates)
         return [name for name in own if f".{name.removeprefix(self.within)}".endswith(ends)] if ends else []
 
     def misfits(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Return every change whose shape is another than its weight's, with both; `weights` by parameter path."""
-        pairs = [(path, low.shape, weights[f"{path}.weight"], low.fits) for path, low in self.lows.items()]
+        pairs = [(path, update.shape, weights[f"{path}.weight"], update.fits) for path, update in self.updates.items()]
         pairs += [
             (path, value.shape, weights[path], lambda weight, value=value: weight.shape == value.shape)
             for path, value in self.weights.items()
@@ -95,10 +95,10 @@ class WeightDelta:
 
     def plus(self, other: WeightDelta) -> WeightDelta:
         """Return both changes together."""
-        lows = dict(self.lows)
-        for path, low in other.lows.items():
-            lows[path] = lows[path].plus(low) if path in lows else low
-        return WeightDelta(lows, self.weights | other.weights)
+        updates = dict(self.updates)
+        for path, update in other.updates.items():
+            updates[path] = updates[path].plus(update) if path in updates else update
+        return WeightDelta(updates, self.weights | other.weights)
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def sides(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 
-def map_updates(lows: dict[str, LoRAWeights], change: Callable[[Tensor], Tensor]) -> dict[str, LoRAWeights]:
-    """Return `lows` with `change` applied to their tensors."""
-    return {path: replace(low, down=change(low.down), up=change(low.up)) for path, low in lows.items()}
+def map_updates(updates: dict[str, LoRAWeights], change: Callable[[Tensor], Tensor]) -> dict[str, LoRAWeights]:
+    """Return `updates` with `change` applied to their tensors."""
+    return {path: replace(update, down=change(update.down), up=change(update.up)) for path, update in updates.items()}
 
 
 class LoRAMerger:
@@ -179,11 +179,11 @@ class LoRAMerger:
     def check(self, patch: WeightDelta, source: str) -> None:
         """Raise CheckpointError that lists every change without a weight it fits."""
         weights = dict(self.network.named_parameters())
-        homeless = [path for path in patch.lows if f"{path}.weight" not in weights]
-        homeless += [path for path in patch.weights if path not in weights]
-        if homeless:
+        unmatched = [path for path in patch.updates if f"{path}.weight" not in weights]
+        unmatched += [path for path in patch.weights if path not in weights]
+        if unmatched:
             raise CheckpointError(
-                f"adapter {source} changes what this {self.name} does not have: {some(homeless)}; it was made for "
+                f"adapter {source} changes what this {self.name} does not have: {some(unmatched)}; it was made for "
                 "another base model"
             )
         if wrong := patch.misfits(weights):
@@ -213,12 +213,12 @@ class LoRAMerger:
         for path, value in (patch.weights if patch else {}).items():
             self._keep(path, weights[path])
             weights[path].copy_(value)
-        for path, low in (patch.lows if patch else {}).items():
+        for path, update in (patch.updates if patch else {}).items():
             weight = weights[f"{path}.weight"]
             self._keep(f"{path}.weight", weight)
-            low = replace(low, down=low.down.to(weight.device), up=low.up.to(weight.device))
+            update = replace(update, down=update.down.to(weight.device), up=update.up.to(weight.device))
             # Added in float32 and rounded once, as ComfyUI does it.
-            weight.copy_(weight.float() + low.delta(weight))
+            weight.copy_(weight.float() + update.delta(weight))
         self.active = patch
 
     def _keep(self, path: str, weight: Tensor) -> None:

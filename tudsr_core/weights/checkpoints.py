@@ -73,7 +73,7 @@ def read_model(path: Path) -> ModelFile:
     facts = _facts(path, file.metadata, "model")
     facts.only(*MODEL_FACTS)
     alpha = float(facts.number("stage_two_alpha", least=0))
-    lows = pair(path, parts["stage_two"], DOWN, UP, lambda *_: alpha)
+    updates = pair(path, parts["stage_two"], DOWN, UP, lambda *_: alpha)
     first, second = (
         from_noise_level(facts.whole(f"stage_{name}_timestep", most=TIMESTEPS - 1)) for name in ("one", "two")
     )
@@ -84,7 +84,7 @@ def read_model(path: Path) -> ModelFile:
         vae=parts["vae"],
         unet=parts["unet"],
         first_step=first,
-        second=Adapter("stage two", WeightDelta(lows), stage=2, steps=(second,)),
+        second=Adapter("stage two", WeightDelta(updates), stage=2, steps=(second,)),
         limits=_limits(facts.table("limits")),
     )
 
@@ -110,10 +110,10 @@ def write_model(path: Path, model: ModelFile) -> None:
     """Write `model` as float16 safetensors, atomically."""
     tensors = {f"vae.{key}": value for key, value in model.vae.items()}
     tensors |= {f"unet.{key}": value for key, value in model.unet.items()}
-    for name, low in model.second.unet.lows.items():
-        tensors[f"stage_two.{name}{DOWN}"] = low.down
-        tensors[f"stage_two.{name}{UP}"] = low.up
-    alphas = {low.alpha for low in model.second.unet.lows.values()}
+    for name, update in model.second.unet.updates.items():
+        tensors[f"stage_two.{name}{DOWN}"] = update.down
+        tensors[f"stage_two.{name}{UP}"] = update.up
+    alphas = {update.alpha for update in model.second.unet.updates.values()}
     facts = {
         "vae_config": model.vae_config,
         "unet_config": model.unet_config,
@@ -192,10 +192,10 @@ def write_adapter(path: Path, adapter: Adapter, dtype: str | None = None) -> Non
         patch = getattr(adapter, field)
         if patch.targets:
             said[field] = {"names": patch.targets, "within": patch.within}
-        for name, low in map_updates(patch.lows, convert).items():
-            tensors[f"{part}{name}{DOWN}"] = low.down
-            tensors[f"{part}{name}{UP}"] = low.up
-            tensors[f"{part}{name}.alpha"] = torch.tensor(float(low.alpha))
+        for name, update in map_updates(patch.updates, convert).items():
+            tensors[f"{part}{name}{DOWN}"] = update.down
+            tensors[f"{part}{name}{UP}"] = update.up
+            tensors[f"{part}{name}.alpha"] = torch.tensor(float(update.alpha))
         tensors |= {f"base.{part}{name}": convert(value) for name, value in patch.weights.items()}
     tensors |= {f"predictor.{key}": convert(value) for key, value in adapter.predictor.items()}
     check_finite(path, tensors.items())
@@ -219,12 +219,12 @@ def _read_own(file: TensorFile) -> Adapter:
     for part, field in PARTS.items():
         own = _take(rest, part)
         alphas = take_alphas(path, own)
-        lows = pair(path, own, DOWN, UP, lambda name, _, alphas=alphas: alphas.get(name, 0.0))
-        lost = set(alphas) - set(lows)
-        strange = [name for name in lows if not part and not name.startswith(("encoder.", "quant_conv"))]
+        updates = pair(path, own, DOWN, UP, lambda name, _, alphas=alphas: alphas.get(name, 0.0))
+        lost = set(alphas) - set(updates)
+        strange = [name for name in updates if not part and not name.startswith(("encoder.", "quant_conv"))]
         if lost or strange:
             raise CheckpointError(f"{path} has keys that fit nothing: {some(sorted([*lost, *strange]))}")
-        patches[field] = WeightDelta(lows, _take(weights, part), *_targets(said, field))
+        patches[field] = WeightDelta(updates, _take(weights, part), *_targets(said, field))
     check_finite(path, [*predictor.items(), *(item for patch in patches.values() for item in patch.weights.items())])
     if not (patches["unet"] or predictor):
         raise CheckpointError(f"{path} has no UNet updates and no noise predictor; the file is damaged")

@@ -59,8 +59,8 @@ def read_peft_folder(path: Path, read: Callable[[Path], TensorFile]) -> Adapter:
     vae = WeightDelta()
     if (path / VAE_FOLDER).is_dir():
         encoder = _read_peft(path / VAE_FOLDER, read)
-        lows = {f"encoder.{name}": low for name, low in encoder.lows.items()}
-        vae = WeightDelta(lows, targets=encoder.targets, within="encoder.")
+        updates = {f"encoder.{name}": update for name, update in encoder.updates.items()}
+        vae = WeightDelta(updates, targets=encoder.targets, within="encoder.")
     return Adapter(path.name, _read_peft(path / UNET_FOLDER, read), vae)
 
 
@@ -79,7 +79,7 @@ def pair(
         problem = f"keys that fit nothing: {some(leftover)}" if leftover else f"half an update: {some(single)}"
         raise CheckpointError(f"{path} has {problem}; the file is damaged or of another kind")
     check_finite(path, tensors.items())
-    lows = {}
+    updates = {}
     for name in sorted(halves[down]):
         first, second = tensors[name + down], tensors[name + up]
         if not (first.is_floating_point() and second.is_floating_point()):
@@ -89,12 +89,12 @@ def pair(
                 f"{path}: ranks of {shown(name)} do not agree ({down} is {sides(first.shape)}, {up} "
                 f"{sides(second.shape)}); the file is damaged or of another kind"
             )
-        lows[name] = LoRAWeights(first, second, alpha(name, first.shape[0]))
-        if not 0 < lows[name].alpha < MAX_ALPHA:
+        updates[name] = LoRAWeights(first, second, alpha(name, first.shape[0]))
+        if not 0 < updates[name].alpha < MAX_ALPHA:
             raise CheckpointError(
                 f"{path}: alpha of {shown(name)} is missing or not above 0, or far too large; the file is damaged"
             )
-    return lows
+    return updates
 
 
 def take_alphas(path: Path, tensors: dict[str, Tensor]) -> dict[str, float]:
@@ -109,7 +109,7 @@ def _read_peft(folder: Path, read: Callable[[Path], TensorFile]) -> WeightDelta:
     config = read_lora_config(read_text(folder / "adapter_config.json", CheckpointError), folder)
     names = ("adapter_model.safetensors", "adapter_model.bin")
     files = [folder / name for name in names if (folder / name).is_file()] or [folder / names[0]]
-    return WeightDelta(_peft_lows(folder, read(files[0]).tensors, config), targets=_targets(folder, config))
+    return WeightDelta(_peft_updates(folder, read(files[0]).tensors, config), targets=_targets(folder, config))
 
 
 def _targets(path: Path, config: Fields) -> tuple[str, ...]:
@@ -125,16 +125,16 @@ def _targets(path: Path, config: Fields) -> tuple[str, ...]:
     return ()
 
 
-def _peft_lows(path: Path, tensors: dict[str, Tensor], config: Fields) -> dict[str, LoRAWeights]:
+def _peft_updates(path: Path, tensors: dict[str, Tensor], config: Fields) -> dict[str, LoRAWeights]:
     if config.values.get("rank_pattern"):
         raise CheckpointError(f"{path} uses rank_pattern, which this pack does not support")
     foreign = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
     if foreign:
         raise CheckpointError(f"{path} has keys that are no peft LoRA: {some(foreign)}")
     own = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
-    lows = pair(path, own, ".lora_A.weight", ".lora_B.weight", lambda _, rank: _alpha(config, rank))
-    _check_ranks(path, lows, config, "r", "")
-    return lows
+    updates = pair(path, own, ".lora_A.weight", ".lora_B.weight", lambda _, rank: _alpha(config, rank))
+    _check_ranks(path, updates, config, "r", "")
+    return updates
 
 
 def _alpha(config: Fields, rank: int) -> float:
@@ -142,9 +142,9 @@ def _alpha(config: Fields, rank: int) -> float:
     return float(config.number("lora_alpha", rank)) * (rank**0.5 if config.values.get("use_rslora") else 1)
 
 
-def _check_ranks(path: Path, lows: dict[str, LoRAWeights], fields: Fields, name: str, of: str) -> None:
+def _check_ranks(path: Path, updates: dict[str, LoRAWeights], fields: Fields, name: str, of: str) -> None:
     """Raise CheckpointError unless all updates have the rank that the file says, if it says one."""
-    wrong = [module for module, low in lows.items() if low.rank != fields.whole(name, low.rank)]
+    wrong = [module for module, update in updates.items() if update.rank != fields.whole(name, update.rank)]
     if wrong:
         raise CheckpointError(f"{path} says rank {fields.whole(name)}{of}, but these differ: {some(wrong)}")
 
@@ -152,7 +152,7 @@ def _check_ranks(path: Path, lows: dict[str, LoRAWeights], fields: Fields, name:
 def _read_peft_file(file: TensorFile) -> Adapter:
     config = _peft_config(file)
     targets = _targets(file.path, config) if config.values else ()
-    return Adapter(file.path.stem, WeightDelta(_peft_lows(file.path, file.tensors, config), targets=targets))
+    return Adapter(file.path.stem, WeightDelta(_peft_updates(file.path, file.tensors, config), targets=targets))
 
 
 def _peft_config(file: TensorFile) -> Fields:
@@ -204,9 +204,11 @@ def _trained_adapters(file: TensorFile, part: str, suffix: str, used: set[str]) 
                 raise CheckpointError(f"{file.path}: {shown(module)} is in two adapters, {lists[module]} and {which}")
             own[f"{module}.{half}"] = tensor
             used.add(key)
-    lows = pair(file.path, own, ".lora_A", ".lora_B", lambda *_: METHODS["osediff"].alpha)
+    updates = pair(file.path, own, ".lora_A", ".lora_B", lambda *_: METHODS["osediff"].alpha)
     said = Fields(file.values, str(file.path), CheckpointError)
-    _check_ranks(file.path, lows, said, f"lora_rank_{part}{suffix}" if suffix else f"rank_{part}", f" for its {part}")
+    _check_ranks(
+        file.path, updates, said, f"lora_rank_{part}{suffix}" if suffix else f"rank_{part}", f" for its {part}"
+    )
     for which in LISTS:
         name = f"{part}_lora_{which}_modules{suffix}"
         listed = set(said.texts(name)) if said.values.get(name) is not None else None
@@ -216,7 +218,7 @@ def _trained_adapters(file: TensorFile, part: str, suffix: str, used: set[str]) 
                 f"{file.path} lists {part} modules ({which}{suffix}) that its tensors do not match: "
                 f"{some(sorted(made ^ listed))}; the file is damaged"
             )
-    return lows
+    return updates
 
 
 def _refuse_leftover(file: TensorFile, used: set[str]) -> None:
@@ -283,10 +285,10 @@ def _read_lora(file: TensorFile) -> Adapter:
     if lost:
         raise CheckpointError(f"{file.path} has an alpha without its update: {some(lost)}; the file is damaged")
     config = _peft_config(file)
-    lows = pair(
+    updates = pair(
         file.path, own, ".down", ".up", lambda name, rank: alphas[name] if name in alphas else _alpha(config, rank)
     )
-    return Adapter(file.path.stem, WeightDelta(lows))
+    return Adapter(file.path.stem, WeightDelta(updates))
 
 
 def _module(name: str, path: Path) -> str:
