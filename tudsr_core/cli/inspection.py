@@ -62,7 +62,8 @@ def _patch(patch: WeightDelta) -> str:
     parameters = sum(update.down.numel() + update.up.numel() for update in patch.updates.values())
     kinds = sorted({str(update.down.dtype).removeprefix("torch.") for update in patch.updates.values()})
     text = (
-        f"{len(patch.updates)} updates, rank {', '.join(map(str, ranks))}, scale {', '.join(f'{s:g}' for s in scales)}, "
+        f"{len(patch.updates)} updates, rank {', '.join(map(str, ranks))}, "
+        f"scale {', '.join(f'{s:g}' for s in scales)}, "
         f"{parameters:,} parameters, {', '.join(kinds)}"
     )
     return f"{text}; trained: {', '.join(patch.weights)}" if patch.weights else text
