@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / "tests" / "nodes"), str(HERE.parent / "tests"), str(HERE.parent)]
 
 import numpy as np
 import sd_stand_in

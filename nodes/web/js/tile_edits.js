@@ -1,4 +1,4 @@
-// Edits of tile prompts as text, as tudsr_core/edits.py tells it; tests/edits_cases.json holds both to one rule.
+// Edits of tile prompts as text, as tudsr_core/prompts/edits.py tells it; tests/edits_cases.json holds both to one rule.
 
 const SIGNS = { replace: ":", add: "+", clear: "-" };
 const KINDS = { ":": "replace", "+": "add", "-": "clear" };

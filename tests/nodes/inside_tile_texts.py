@@ -1,6 +1,6 @@
 """Checks of tile prompts inside samplers and one-step methods, in ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_tile_texts.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_tile_texts.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 from inside import FoldVAE, HintControl, main, noise, part, text  # first: it makes ComfyUI importable

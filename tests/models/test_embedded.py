@@ -20,7 +20,7 @@ from tudsr_core.models.embedded import load_networks
 from tudsr_core.weights.checkpoints import embedded_path, read_model, write_model
 from tudsr_core.weights.tensor_files import CheckpointError, read_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WITHOUT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "without"), str(ROOT)])}
 
 

@@ -346,7 +346,7 @@ def test_help_version_and_completion_load_nothing_heavy(arguments, environment, 
 
 def without(*packages):
     """An environment in which these packages cannot be imported."""
-    return {**WIDE, "PYTHONPATH": str(Path(__file__).parent / "without"), "TUDSR_TEST_WITHOUT": " ".join(packages)}
+    return {**WIDE, "PYTHONPATH": str(Path(__file__).parents[1] / "without"), "TUDSR_TEST_WITHOUT": " ".join(packages)}
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])

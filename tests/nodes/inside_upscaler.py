@@ -1,6 +1,6 @@
 """Checks of the upscalers and of Plan, inside ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_upscaler.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_upscaler.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 from inside import (  # first: it makes ComfyUI importable

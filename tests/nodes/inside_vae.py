@@ -1,6 +1,6 @@
 """Checks of the exact tiled VAE inside ComfyUI's interpreter; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_vae.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_vae.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """Checks of tiled sampling inside ComfyUI's interpreter; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_tiled.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_tiled.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 import inside as base  # first: it makes ComfyUI importable

@@ -12,7 +12,7 @@ import pytest
 from tudsr_core.weights.download import DownloadError, download_file
 from tudsr_core.weights.known_files import KNOWN_FILES, known_file, where_to_get
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONTENT = os.urandom(3_000_000)
 SHA = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
 GIT = "git:" + hashlib.sha1(f"blob {len(CONTENT)}\0".encode() + CONTENT).hexdigest()

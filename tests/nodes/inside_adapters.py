@@ -1,6 +1,6 @@
 """Checks of published adapters on ComfyUI's own networks, inside ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_adapters.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_adapters.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 import shutil

@@ -148,7 +148,7 @@ def test_the_pictures_mark_survives_resizing_and_tells_pictures_apart():
 
 
 def test_the_help_pages_call_counts_are_right():
-    page = Path(__file__).parent.parent / "nodes" / "web" / "docs" / "TUDSRTilePlan.md"
+    page = Path(__file__).parents[2] / "nodes" / "web" / "docs" / "TUDSRTilePlan.md"
     rows = re.findall(
         r"^\| (\d+) x \d+ \| .* = (\d+) \| ([\d,]+) \| (\d+) tiles, ([\d,]+) \|$", page.read_text("utf-8"), re.M
     )

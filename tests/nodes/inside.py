@@ -13,8 +13,9 @@ import sys
 import traceback
 from pathlib import Path
 
-PACK = Path(__file__).parent.parent
+PACK = Path(__file__).parents[2]
 sys.path.insert(0, sys.argv[1])
+sys.path.append(str(PACK / "tests"))
 
 import comfy.cli_args
 

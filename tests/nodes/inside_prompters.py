@@ -1,6 +1,6 @@
 """Checks of prompters on ComfyUI's own models, inside ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_prompters.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_prompters.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 import json

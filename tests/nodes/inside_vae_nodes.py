@@ -1,6 +1,6 @@
 """Checks of Exact Tiled VAE Encode and Decode, inside ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_vae_nodes.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_vae_nodes.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 import copy

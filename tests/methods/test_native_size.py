@@ -121,7 +121,7 @@ def test_nothing_changes_for_the_embedded_model_for_large_pictures_and_when_swit
 
 
 def test_the_docs_table_of_stages_is_what_the_plan_makes():
-    page = (Path(__file__).parent.parent / "docs" / "differences.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d+) px, x(\d+) \| ([\dx ]+) \| .*?([\d, ]+) px(?:, shrunk|:| \|)", page, re.M)
     assert len(rows) == 5
     for side, factor, stages, sizes in rows:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from command import tudsr
 from conftest import IdentityNetworks
+from models.test_dape import published  # noqa: F401 - a fixture
+from models.test_dape import read as read_small
 from PIL import Image
-from test_dape import published  # noqa: F401 - a fixture
-from test_dape import read as read_small
 from typer.testing import CliRunner
 
 from tudsr_core.cli.app import app

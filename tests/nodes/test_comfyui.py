@@ -68,7 +68,7 @@ def test_the_nodes_need_nothing_that_comfyui_does_not_require(server):
 
 
 def test_every_node_has_help_tooltips_and_a_frozen_schema(server):
-    frozen = json.loads((PACK / "tests" / "schema.json").read_text("utf-8"))
+    frozen = json.loads((PACK / "tests" / "nodes" / "schema.json").read_text("utf-8"))
     for name, info in server.get("/object_info").items():
         if not name.startswith("TUDSR"):
             continue

@@ -16,7 +16,7 @@ GRID = plan_tiles(160, 256, 64, 16)  # 3 x 5
 ONE = plan_tiles(64, 64, 64, 0)
 # What the editor in the browser must make of the same texts: tests/test_tile_editor.py runs these too. Tiles
 # count from 1. `unreadable`: the number of the line that is named here; the editor leaves that line out.
-CASES = json.loads((Path(__file__).parent / "edits_cases.json").read_text("utf-8"))
+CASES = json.loads((Path(__file__).parents[1] / "edits_cases.json").read_text("utf-8"))
 
 
 def named(cases):

@@ -1,6 +1,6 @@
 """Checks of widgets and of what nodes say, inside ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_widgets.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_widgets.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 import gc

@@ -1,6 +1,6 @@
 """Checks of tile prompts as area lists for stock samplers, inside ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_regions.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_regions.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 from inside import NODES, PACK, FoldVAE, main, noise, text  # first: it makes ComfyUI importable

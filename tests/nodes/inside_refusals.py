@@ -1,6 +1,6 @@
 """Checks of what nodes refuse, and where files may lie, inside ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_refusals.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_refusals.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 import json

@@ -44,7 +44,7 @@ GRAPH = {
 }
 
 
-CASES = json.loads((Path(__file__).parent / "edits_cases.json").read_text("utf-8"))
+CASES = json.loads((Path(__file__).parents[1] / "edits_cases.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module", params=["litegraph", "vue"])

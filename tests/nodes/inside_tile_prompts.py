@@ -1,6 +1,6 @@
 """Checks of extracting, editing and planning tile prompts, inside ComfyUI; `test_comfyui_inside.py` starts this file.
 
-COMFYUI_PYTHON tests/inside_tile_prompts.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
+COMFYUI_PYTHON tests/nodes/inside_tile_prompts.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
 import json
