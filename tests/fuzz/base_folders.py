@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
-from tudsr_core.inspection import inspect_file
-from tudsr_core.schedule import scaled_linear
 
 from tudsr_core.backends.sd21 import SCHEDULE, read_base
+from tudsr_core.cli.inspection import inspect_file
+from tudsr_core.diffusion.schedule import scaled_linear
 
 Tree = dict[str, Any]
 

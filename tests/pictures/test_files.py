@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
 import resource, signal, torch
 from pathlib import Path
 from tudsr_core.pictures.files import Picture, PictureError
-from tudsr_core.writing import write_picture
+from tudsr_core.pictures.writing import write_picture
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
@@ -342,7 +342,7 @@ def test_the_scans_of_a_jpeg_are_weighed_by_its_size(tmp_path, monkeypatch):
     with pytest.raises(PictureError, match="has 100 scans, of which 7000 x 7000 pixels may have 81; save it again"):
         read_picture(tmp_path / "a.jpg")
     Image.new("RGB", (70, 70)).save(tmp_path / "a.jpg", progressive=True)
-    monkeypatch.setattr("tudsr_core.reading.MAX_SCANNED_PIXELS", 1)
+    monkeypatch.setattr("tudsr_core.pictures.reading.MAX_SCANNED_PIXELS", 1)
     assert read_picture(tmp_path / "a.jpg").size == (70, 70)
 
 

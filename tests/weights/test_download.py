@@ -246,7 +246,7 @@ def test_two_at_once_do_not_write_to_one_part(server, tmp_path):
 
     def tick(done, total):
         if not second:
-            script = "import sys, pathlib; from tudsr_core.download import download"
+            script = "import sys, pathlib; from tudsr_core.weights.download import download_file"
             script += "; download_file(sys.argv[1], pathlib.Path(sys.argv[2]))"
             command = [sys.executable, "-c", script, server, str(tmp_path / "x.bin")]
             second.append(subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT).stderr)
