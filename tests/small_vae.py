@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from tudsr_core.vae import Fuse, Local, read_resnet
+from tudsr_core.vae import ComputeTarget, Fuse, Local, TiledVAE, VAECallables, read_resnet
 
 CONFIG = dict(
     block_out_channels=(8, 16, 16, 16),
@@ -121,3 +121,36 @@ def run_fused(vae: nn.Module, fusions: dict[str, SmallFusion], pixels: Tensor, z
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def target(dtype, fails=lambda error: False):
+    """Return the CPU; `fails` tells which errors are out-of-memory."""
+    return ComputeTarget(torch.device("cpu"), dtype, fails)
+
+
+class Shy(torch.nn.Module):
+    """A convolution that runs out of memory on tiles of more than `most` pixels."""
+
+    def __init__(self, inner, most):
+        super().__init__()
+        self.base_layer, self.most, self.calls = inner, most, []
+
+    def forward(self, x):
+        self.calls.append(tuple(x.shape[-2:]))
+        if x.shape[-2] * x.shape[-1] > self.most:
+            raise torch.OutOfMemoryError("simulated")
+        return self.base_layer(x)
+
+
+def tiled_vae(vae, free=0):
+    """Return `vae` as its owner calls it, tiled."""
+
+    def encode(vae, x):
+        return vae.encode(x * 2 - 1).latent_dist.mode()
+
+    def decode(vae, z):
+        return vae.decode(z).sample / 2 + 0.5
+
+    dtype = next(vae.parameters()).dtype
+    callables = VAECallables(lambda x: encode(vae, x.to(dtype)), lambda z: decode(vae, z.to(dtype)), encode, decode)
+    return TiledVAE(vae, callables, 8, 4, target(dtype), lambda: free)

@@ -46,8 +46,8 @@ def density(i, side, middle):
     return math.exp(-(((i - middle) / side) ** 2) / (2 * 0.01)) / math.sqrt(2 * math.pi * 0.01)
 
 
-def mask(height, width, update):
-    rows = [density(y, height, (height - 1) / 2 + update) for y in range(height)]
+def mask(height, width, low):
+    rows = [density(y, height, (height - 1) / 2 + low) for y in range(height)]
     columns = [density(x, width, (width - 1) / 2) for x in range(width)]
     return torch.tensor([[row * column for column in columns] for row in rows], dtype=torch.float64)
 
@@ -60,12 +60,12 @@ def ramp(height, width):
 
 def slow_picture(image, size, name, network):
     """What the script makes of `image`: `network(z)` is a tile's whole prediction."""
-    tile, overlap, update, abar = SCRIPTS[name]
+    tile, overlap, low, abar = SCRIPTS[name]
     z = torch.nn.functional.pixel_unshuffle(resize(image, tuple(8 * side for side in size)).clamp(0, 1), 8).double()
     above, below = torch.zeros_like(z), torch.zeros(size, dtype=torch.float64)
     for y, x, height, width in boxes(*size, tile, overlap):
         box = (..., slice(y, y + height), slice(x, x + width))
-        weight = mask(height, width, update)
+        weight = mask(height, width, low)
         above[box] += network(z[box].float()).double() * weight
         below[box] += weight
     eps = above / below
@@ -115,9 +115,9 @@ def test_published_is_the_scripts_procedure(name, size, noise):
 
 @pytest.mark.parametrize(("kind", "low"), [("published", 0.5), ("centred", 0.0)])
 @pytest.mark.parametrize("side", [64, 96, 57])
-def test_published_weights_are_the_scripts(kind, update, side):
+def test_published_weights_are_the_scripts(kind, low, side):
     ours = torch.outer(window(side, 32, kind, "y"), window(side, 32, kind, "x"))
-    assert (ours - mask(side, side, update)).abs().max() < 1e-12
+    assert (ours - mask(side, side, low)).abs().max() < 1e-12
 
 
 def model_of(about, second=None):

@@ -122,7 +122,7 @@ def check_what_an_owner_does_around_its_networks_stays():
     vae.first_stage_model.__class__ = Blind
     (latent, decoded), lines = warnings_of(lambda: base.vae_nodes(vae, picture(1, 64, 96)))
     close(decoded, vae.decode(latent))
-    assert any("decoder's steps" in line and "conv_out" in line for line in lines), lines
+    assert any("decoder's layers" in line and "conv_out" in line for line in lines), lines
 
 
 def check_a_vae_object_with_its_own_encode_and_decode_is_the_owner():

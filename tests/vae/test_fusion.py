@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from small_vae import contents, make_fusions, make_vae, run_fused
-from test_vae_stream import Shy
-from test_vae_tiling import tiled_vae
+from small_vae import Shy, contents, make_fusions, make_vae, run_fused, tiled_vae
 
 from tudsr_core.backends.local import Backbone, LocalNetworks
 from tudsr_core.vae import Fuse, VAETiling

@@ -6,8 +6,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from small_vae import SHALLOW, make_vae
-from test_vae_stream import target
+from small_vae import SHALLOW, make_vae, target
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tudsr_core.vae import tiled as tiled_module

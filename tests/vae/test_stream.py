@@ -6,14 +6,14 @@ from fractions import Fraction
 
 import pytest
 import torch
-from small_vae import SHALLOW, contents, make_vae
+from small_vae import SHALLOW, Shy, contents, make_vae, target
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tudsr_core.vae import feature_maps, layer_pass, stream
 from tudsr_core.vae.feature_maps import reserve
 from tudsr_core.vae.graph import read_layers, run_untiled
-from tudsr_core.vae.settings import ComputeTarget, VAETiling
+from tudsr_core.vae.settings import VAETiling
 from tudsr_core.vae.stream import count_tiles, run_layers
 
 START = {"encoder": Fraction(1), "decoder": Fraction(1, 8)}
@@ -27,10 +27,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def target(dtype, fails=lambda error: False):
-    return ComputeTarget(torch.device("cpu"), dtype, fails)
 
 
 def tiled(vae, side, x, tiling, on_tile=lambda: None, fails=lambda error: False):
@@ -128,20 +124,6 @@ def test_threads_change_nothing_that_can_be_seen():
         results.append(tiled(vae, "decoder", z, VAETiling(64, "device")))
     assert torch.equal(results[0], results[2])
     assert (results[0] - results[1]).abs().max() <= 1e-6 * results[0].abs().max()
-
-
-class Shy(torch.nn.Module):
-    """A convolution that runs out of memory on tiles of more than `most` pixels."""
-
-    def __init__(self, inner, most):
-        super().__init__()
-        self.base_layer, self.most, self.calls = inner, most, []
-
-    def forward(self, x):
-        self.calls.append(tuple(x.shape[-2:]))
-        if x.shape[-2] * x.shape[-1] > self.most:
-            raise torch.OutOfMemoryError("simulated")
-        return self.base_layer(x)
 
 
 def test_out_of_memory_halves_the_tile_where_it_is_and_keeps_the_result(caplog):

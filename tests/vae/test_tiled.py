@@ -1,23 +1,10 @@
 import pytest
 import torch
-from small_vae import contents, make_vae
-from test_vae_stream import target
+from small_vae import contents, make_vae, tiled_vae
 
 from tudsr_core.vae import tiled as tiled_module
 from tudsr_core.vae.settings import VAETiling
-from tudsr_core.vae.tiled import TiledVAE, VAECallables, posterior_latent
-
-
-def tiled_vae(vae, free=0):
-    def encode(vae, x):
-        return vae.encode(x * 2 - 1).latent_dist.mode()
-
-    def decode(vae, z):
-        return vae.decode(z).sample / 2 + 0.5
-
-    dtype = next(vae.parameters()).dtype
-    callables = VAECallables(lambda x: encode(vae, x.to(dtype)), lambda z: decode(vae, z.to(dtype)), encode, decode)
-    return TiledVAE(vae, callables, 8, 4, target(dtype), lambda: free)
+from tudsr_core.vae.tiled import TiledVAE, posterior_latent
 
 
 def test_encode_and_decode_are_the_untiled_ones_with_their_scaling():
