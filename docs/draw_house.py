@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DRAWING = ROOT / "docs" / "house.svg"
-CELLAR = ("untrusted", "atomic", "missing", "assets", "_lazy", "__main__")
+CELLAR = ("untrusted", "atomic_write", "missing_packages", "assets", "_lazy", "__main__")
 """What every room may stand on; drawn as one strip without arrows."""
 ABOUT = {
     "nodes": "ComfyUI's sockets and widgets",

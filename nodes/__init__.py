@@ -23,7 +23,7 @@ NODES = (
     ("multidiffusion", "MultiDiffusion"),
     ("vae", "VAEEncode VAEDecode"),
     ("tile_plan", "PlanTiles TileImages"),
-    ("prompters", "ClipTags"),
+    ("clip_tags", "ClipTags"),
     ("taggers", "LoadDape LoadCaptioner"),
     ("tile_prompts", "ExtractTilePrompts TilePromptsFromStrings"),
     ("regions", "RegionConditioning"),

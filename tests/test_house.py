@@ -13,28 +13,29 @@ ROOT = Path(__file__).parent.parent
 OURS = ("tudsr_core", "nodes", "tests", "bench", "workflows")
 CORE = ROOT / "tudsr_core"
 
-# What each room may import from, itself aside; a room knows only rooms above it. `untrusted`, `missing`,
-# `atomic`, `batch` and `_lazy` are rooms of one file.
+# What each room may import from, itself aside; a room knows only rooms above it. `untrusted`,
+# `missing_packages`, `atomic_write`, `batch` and `_lazy` are rooms of one file.
 ROOMS = {
     "_lazy": "",
-    "missing": "",
+    "missing_packages": "",
     "untrusted": "",
-    "atomic": "",
+    "atomic_write": "",
     "assets": "",
     "diffusion": "",
     "tiling": "",
     "vae": "",
-    "pictures": "untrusted missing atomic",
+    "pictures": "untrusted missing_packages atomic_write",
     "prompts": "untrusted assets pictures tiling",
-    "methods": "untrusted atomic pictures tiling diffusion prompts",
-    "weights": "untrusted atomic assets diffusion methods",
+    "methods": "untrusted atomic_write pictures tiling diffusion prompts",
+    "weights": "untrusted atomic_write assets diffusion methods",
     "models": "untrusted weights",
     "backends": "untrusted tiling diffusion vae methods weights models",
     "batch": "pictures methods",
     "evaluation": "assets pictures methods",
-    "training": "atomic pictures diffusion methods weights models evaluation",
-    "cli": "untrusted missing pictures diffusion prompts methods weights models backends batch evaluation training",
-    "__main__": "missing cli",
+    "training": "atomic_write pictures diffusion methods weights models evaluation",
+    "cli": "untrusted missing_packages pictures diffusion prompts methods weights models backends batch evaluation "
+    "training",
+    "__main__": "missing_packages cli",
 }
 ONLY_INSIDE_FUNCTIONS = {
     "diffusers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .missing import needs
+from .missing_packages import needs
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from tudsr_core.backends.local import Backbone, LocalNetworks
-from tudsr_core.diffusion.chain import plan_steps, respaced_timesteps
+from tudsr_core.diffusion.multi_step import plan_steps, respaced_timesteps
 from tudsr_core.methods.sampling import SampleOptions, count_calls, noised, sample, tiled_predictor
+from tudsr_core.tiling.out_of_memory import TiledRun
 from tudsr_core.tiling.plan import plan_tiles
-from tudsr_core.tiling.run import TiledRun
 
 ABAR = [0.0] * 1000
 running = 1.0

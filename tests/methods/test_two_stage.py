@@ -80,8 +80,8 @@ def test_pointwise_network_tiled_equals_untiled(noise):
 def test_tiled_step_equals_the_published_blend(noise):
     """z_H of a position-dependent network against a slow average written out (tiles 64 / 32)."""
     from tudsr_core.methods.two_stage import StartLatent, restore_latent
+    from tudsr_core.tiling.out_of_memory import TiledRun
     from tudsr_core.tiling.plan import plan_tiles
-    from tudsr_core.tiling.run import TiledRun
 
     z = noise(1, 4, 96, 160) - 0.5
     ramp = torch.linspace(0, 1, 64).view(1, 1, 64, 1)

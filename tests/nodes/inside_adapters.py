@@ -92,7 +92,7 @@ def check_pisa_dials_through_comfyui():
         model, vae, _ = load_published("pisa_sr", fidelity=fidelity, detail=detail)
         vae.downscale_ratio = vae.upscale_ratio = 8
         stage = stages.build_stage(model, vae, [[given["text"], {}]], 1, 0)
-        sweep = part("tudsr_core.tiling.run").TiledRun(tiles.plan_tiles(16, 24, 64, 16))
+        sweep = part("tudsr_core.tiling.out_of_memory").TiledRun(tiles.plan_tiles(16, 24, 64, 16))
         z = pipeline.restore_latent(pipeline.StartLatent(given["z"]), stage, sweep, lambda preview: None)
         eps = fidelity * pix + detail * (full - pix)
         assert (z - (given["z"] - eps)).abs().max() < 5e-5, (

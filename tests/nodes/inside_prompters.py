@@ -48,7 +48,7 @@ def small_vision(width=32):
 
 
 def check_words_are_embedded_as_comfyui_would_one_by_one():
-    prompters, clip = part("nodes.prompters"), small_clip()
+    prompters, clip = part("nodes.clip_tags"), small_clip()
     words = [f"thing number {i}" for i in range(40)]
     ours = prompters.embed_words(clip, words)
     for index in (0, 1, 31, 32, 39):

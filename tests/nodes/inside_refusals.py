@@ -71,7 +71,7 @@ def check_names_do_not_leave_the_models_folder():
 
 
 def check_taggers_captioners_and_tags_behind_links_are_offered_and_found():
-    taggers, prompters = part("nodes.taggers"), part("nodes.prompters")
+    taggers, prompters = part("nodes.taggers"), part("nodes.clip_tags")
     inside, outside = models("tudsr", "LLM")
     (outside / "words.txt").write_text("a tree", encoding="utf-8")
     (outside / taggers.RAM_FILE).write_bytes(b"")

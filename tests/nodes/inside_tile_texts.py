@@ -140,7 +140,7 @@ def one_step_with(method, prompts, sweep_plan, start):
     stages, pipeline, sweep = (
         part("nodes.host.stages"),
         part("tudsr_core.methods.two_stage"),
-        part("tudsr_core.tiling.run"),
+        part("tudsr_core.tiling.out_of_memory"),
     )
     model = stages.attach(stub_model(), stages.StageFacts("an adapter", 1, method))
     stage = stages.build_stage(model, FoldVAE(), text(0.1), 1, 0, prompts, WordClip())

@@ -13,7 +13,7 @@ import tifffile
 import torch
 from PIL import Image, ImageCms, ImageFile
 
-from tudsr_core.atomic import temporary_beside
+from tudsr_core.atomic_write import temporary_beside
 from tudsr_core.pictures.files import Picture, PictureError
 from tudsr_core.pictures.reading import read_picture
 from tudsr_core.pictures.writing import check_output, write_picture

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..methods import METHODS
-from ..missing import needs
+from ..missing_packages import needs
 from ..pictures import MAX_MEGAPIXELS
 from ..untrusted import printable
 

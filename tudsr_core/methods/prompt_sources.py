@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..atomic import temporary_beside
+from ..atomic_write import temporary_beside
 from ..prompts import Style, TilePrompter, TilePrompts, cut_tiles, describe
 from ..tiling import TilePlan
 from ..untrusted import check_text, parse_json, read_text

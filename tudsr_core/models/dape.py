@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..untrusted import Fields, parse_json, read_text, some
 from ..weights import CheckpointError, LoRAWeights, TensorFile, check_finite, read_file, where_to_get, write_file
-from .fill import fill, mismatches
+from .fill_weights import fill, mismatches
 from .ram import RamConfig, RamTagger, prepare
 from .swin import SwinConfig
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..weights import CheckpointError
 from .embedded_config import UNetConfig, VAEConfig, read_config
-from .fill import fill
+from .fill_weights import fill
 from .unet_blocks import Downsample, ResnetBlock, TimeEmbedding, Upsample
 
 EPS = 1e-5

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..weights import CheckpointError
-from .fill import fill
+from .fill_weights import fill
 from .unet_blocks import Attention, Downsample, ResnetBlock, TimeEmbedding
 
 HEAD_CHANNELS, EPS = 64, 1e-6

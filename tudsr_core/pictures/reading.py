@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..missing import needs
+from ..missing_packages import needs
 from . import png
 from .files import FORMATS, Picture, PictureError, Unsuitable, check_file_bytes, check_size
 from .metadata import ORIENTATION, not_carried, read_exif, usable_dpi, usable_icc

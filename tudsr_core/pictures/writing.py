@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..atomic import temporary_beside
+from ..atomic_write import temporary_beside
 from . import png
 from .files import FORMATS, Picture, PictureError
 from .metadata import exif_for, fields_of, fitted, text_bytes

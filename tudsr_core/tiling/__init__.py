@@ -11,6 +11,6 @@ __all__, __getattr__ = public_names(
     fitting="AUTO_TILES_PX NetworkFacts PublishedTiling Size batch_for "
     "check_tiles fit_overlap published_tiles tile_bytes tiles_for",
     plan="Spacing Tile TilePlan plan_tiles",
-    run="TiledRun",
+    out_of_memory="TiledRun",
     windows="Window",
 )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .feature_maps import FeatureMap
 from .fusion import Features, Fusions, check_features, check_levels, fused_levels, with_fusions
 from .graph import Layer, Side, UnknownTree, read_layers
-from .memory import kept_channels, live_channels, tile_bytes
+from .memory_estimate import kept_channels, live_channels, tile_bytes
 from .receptive_field import Network, ReceptiveField, find_receptive_fields, run_tiled
 from .receptive_field import count_blocks as count_local_tiles
 from .settings import ComputeTarget, VAETiling

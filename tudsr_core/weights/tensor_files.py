@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import temporary_beside
+from ..atomic_write import temporary_beside
 from ..untrusted import MAX_BYTES, MAX_NAME, UntrustedError, shown
 from .pickles import check_archive
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..tudsr_core.atomic import temporary_beside
+from ..tudsr_core.atomic_write import temporary_beside
 from ..tudsr_core.prompts import (
     ClipTagPrompter,
     CountProgress,

@@ -1,4 +1,4 @@
-"""Fit the filter bank that evaluation compares with: `python -m tudsr_core.training.bank --wheels wheels`."""
+"""Fit the filter bank that evaluation compares with: `python -m tudsr_core.training.filter_bank --wheels wheels`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..atomic import temporary_beside
+from ..atomic_write import temporary_beside
 from ..evaluation import bank_path, fit_bank
 from ..pictures import clean
 from . import data

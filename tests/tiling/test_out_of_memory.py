@@ -3,8 +3,8 @@ import torch
 
 from tudsr_core.tiling.blending import TileBlender, tile_weights
 from tudsr_core.tiling.fitting import NetworkFacts, batch_for
+from tudsr_core.tiling.out_of_memory import TiledRun
 from tudsr_core.tiling.plan import plan_tiles
-from tudsr_core.tiling.run import TiledRun
 
 
 def facts(free):
