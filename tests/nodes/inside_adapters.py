@@ -253,5 +253,22 @@ def check_a_peft_folder_that_lacks_a_module_is_refused():
             shutil.rmtree(folder)
 
 
+def check_half_the_strength_is_half_the_change():
+    base, vae = published_model()
+    load_published("osediff", base, vae)  # makes the folder known
+    found = {}
+    for strength in (0.0, 0.5, 1.0):
+        model, patched, _ = NODES["TUDSRLoadAdapter"].execute(base, "osediff.pkl", "one", strength, vae).args
+        comfy.model_management.load_models_gpu([model, patched.patcher], force_patch_weights=True)
+        weights = model.model.diffusion_model.state_dict() | patched.first_stage_model.state_dict()
+        found[strength] = {key: value.clone().float() for key, value in weights.items()}
+    for prefix, present in (("UNet", model.model.diffusion_model), ("VAE", patched.first_stage_model)):
+        keys = list(present.state_dict())
+        assert any(not torch.equal(found[0.0][key], found[1.0][key]) for key in keys), prefix
+        for key in keys:
+            middle = (found[0.0][key] + found[1.0][key]) / 2
+            assert (found[0.5][key] - middle).abs().max() < 1e-5, (prefix, key)
+
+
 if __name__ == "__main__":
     main(globals())

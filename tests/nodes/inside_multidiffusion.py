@@ -110,5 +110,14 @@ def check_memory_is_estimated_for_a_tile():
     assert seen == [(2, 4, 16, 16)], seen
 
 
+def check_the_last_of_two_multidiffusions_decides():
+    start = noise(1, 4, 40, 40)
+    model, twice = stub_model(), stub_model()
+    wanted = sample(multidiffusion(model), start)
+    ours = sample(multidiffusion(multidiffusion(twice, 256, 64, window="gaussian")), start)
+    assert torch.equal(ours, wanted)
+    assert twice.model.diffusion_model.calls == model.model.diffusion_model.calls
+
+
 if __name__ == "__main__":
     main(globals())

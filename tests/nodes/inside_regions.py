@@ -157,5 +157,14 @@ def check_boxes_fit_one_frame_and_videos_are_sent_elsewhere():
         assert "video" in words and "MultiDiffusion (Tiled)" in words
 
 
+def check_the_control_acts_in_its_range():
+    plan = tiles_module.plan_tiles(32, 32, 16, 8)
+    widgets = {"strength": 0.7, "start_percent": 0.2, "end_percent": 0.8}
+    hint = torch.rand(1, 256, 256, 3)
+    for entries in regions(tile_prompts(plan), control_net=RecordingControl([]), hint=hint, **widgets):
+        controls = [entry[1]["control"] for entry in entries]
+        assert {(one.strength, one.timestep_percent_range) for one in controls} == {(0.7, (0.2, 0.8))}
+
+
 if __name__ == "__main__":
     main(globals())

@@ -21,6 +21,7 @@ from inside_words import (
     word_value,
 )
 
+import comfy.sampler_helpers
 import torch
 
 
@@ -203,6 +204,24 @@ def check_the_estimate_agrees_with_clips_tokenizer():
             kept += 1
             assert len(tokenizer.tokenize_with_weights(words)["l"]) == 1, words
     assert kept > 100
+
+
+def check_memory_is_estimated_for_the_plans_tiles():
+    """The plan's tiles take the place of the node's own."""
+    plan, seen = tiles_module.plan_tiles(40, 52, 16, 6), []
+    original = comfy.sampler_helpers.estimate_memory
+
+    def spy(model, noise_shape, conds):
+        seen.append(tuple(noise_shape))
+        return original(model, noise_shape, conds)
+
+    comfy.sampler_helpers.estimate_memory = spy
+    try:
+        model = tiled(stub_model(), tile_prompts(plan), batch=2)
+        run(model, noise(1, 4, 40, 52), 1.0, text(9), text(9), ddpm_sigmas(2))
+    finally:
+        comfy.sampler_helpers.estimate_memory = original
+    assert seen == [(2, 4, 16, 16)], seen
 
 
 if __name__ == "__main__":

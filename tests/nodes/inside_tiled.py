@@ -368,5 +368,15 @@ def check_one_tile_is_comfyuis_own_sampling_to_the_bit():
             assert max(errors) < 1e-5, (kind, name, errors)
 
 
+def check_gligens_boxes_are_moved_into_the_tile():
+    """Boxes are `(embedding, height, width, top, left)`; one outside the tile is left out."""
+    conds, whole = part("nodes.host.conditions"), noise(1, 4, 24, 38)
+    tile = part("tudsr_core.tiling.plan").Tile(0, 8, 20, 16, 16)
+    entry = {"gligen": ("position", "network", [("inside", 6, 10, 10, 15), ("outside", 4, 4, 0, 0)])}
+    assert conds.is_spatial([[entry]], whole.shape)
+    (cut,) = conds.crop_conds([entry], tile, whole, {})
+    assert cut["gligen"] == ("position", "network", [("inside", 6, 5, 2, 0)]), cut["gligen"]
+
+
 if __name__ == "__main__":
     base.main(globals())

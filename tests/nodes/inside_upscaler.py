@@ -20,6 +20,7 @@ from inside import (  # first: it makes ComfyUI importable
 
 import comfy.model_base
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.utils
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -256,6 +257,54 @@ def check_plan_shows_the_tiles_of_the_methods_own_script():
         assert "this model has no published tiles" in str(error)
     else:
         raise AssertionError("accepted")
+
+
+def check_memory_is_estimated_for_all_tiles_at_once():
+    seen = []
+    original = comfy.sampler_helpers.estimate_memory
+
+    def spy(model, noise_shape, conds):
+        seen.append(tuple(noise_shape))
+        return original(model, noise_shape, conds)
+
+    comfy.sampler_helpers.estimate_memory = spy
+    try:
+        upscale(4, picture(1, 60, 80), tile=64, overlap=16, tile_batch=3)
+    finally:
+        comfy.sampler_helpers.estimate_memory = original
+    assert seen == [(3, 32, 16, 16)], seen
+
+
+def check_free_memory_counts_the_weights_that_wait():
+    first, _, vae, conditioning = embedded()
+    networks = part("nodes.host.networks").ComfyNetworks(first, vae, conditioning)
+    management = comfy.model_management
+    original = management.is_device_cpu, management.get_free_memory
+    management.unload_all_models()
+    management.is_device_cpu, management.get_free_memory = lambda device: False, lambda device: 10**9
+    try:
+        assert networks.facts.free_bytes == 10**9 - first.model_size()
+    finally:
+        management.is_device_cpu, management.get_free_memory = original
+
+
+def check_cancel_stops_the_upscaler_within_a_tile():
+    original, seen = comfy.model_management.throw_exception_if_processing_interrupted, []
+
+    def stop():
+        seen.append(1)
+        if len(seen) == 4:
+            raise comfy.model_management.InterruptProcessingException()
+
+    comfy.model_management.throw_exception_if_processing_interrupted = stop
+    try:
+        upscale(4, picture(1, 60, 80), tile=64, overlap=16)
+    except comfy.model_management.InterruptProcessingException:
+        assert len(seen) == 4
+    else:
+        raise AssertionError("was not cancelled")
+    finally:
+        comfy.model_management.throw_exception_if_processing_interrupted = original
 
 
 if __name__ == "__main__":

@@ -147,5 +147,16 @@ def check_the_longer_edge_is_a_target():
     refused(lambda: upscale(4.0, image, models, long_edge=29), "smaller than the picture")
 
 
+def check_conditionings_are_part_of_what_is_kept():
+    image, (first, second, vae, words) = picture(1, 16, 16), embedded()
+    stage = {"factor": 2.0, "timestep": 0} | base.OPTIONS
+    with CountedCalls() as counted:
+        for name, model in (("TUDSRStageOne", first), ("TUDSRStageTwo", second)):
+            for given in (words, list(words)):
+                calls = counted.calls
+                NODES[name].execute(image, model, vae, given, **stage)
+                assert counted.calls > calls, name
+
+
 if __name__ == "__main__":
     base.main(globals())
