@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tudsr_core.methods.zoom import read_prompts
+from tudsr_core.methods.prompt_sources import read_prompts
 from tudsr_core.models.dape import LIST_FILE, THRESHOLD_FILE, read_lists
 from tudsr_core.prompts.edits import MAX_LINES, SIGNS, read_edits, write_header
 from tudsr_core.prompts.prompters import StaticPrompter, check_tags, prompts_from_strings, read_tags
