@@ -252,7 +252,7 @@ def use_model(path: Path) -> None:
     """Run both stages of a whole model once."""
     loaded = load_embedded("cpu", path=path)
     for stage in (loaded.first, loaded.second):
-        z = stage.networks.encode(torch.rand(1, 3, 16, 16), None, lambda: None)
+        z = stage.networks.encode(torch.rand(1, 3, 16, 16), None, lambda: None).z
         stage.networks.denoise(z, 5, stage.networks.condition(""), z.shape, lambda predict, z=z: predict(z, []))
 
 
