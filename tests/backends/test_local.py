@@ -485,9 +485,12 @@ def test_settings_that_change_nothing_are_read(small_sd, tmp_path):
     changes = {"vae/config.json": {"shift_factor": 0, "latents_mean": None}}
     changes["scheduler/scheduler_config.json"] = {"rescale_betas_zero_snr": False, "set_alpha_to_one": False}
     base = hostile_base(small_sd, tmp_path / "base", changes)
-    read_base(base)
-    (base / "scheduler" / "scheduler_config.json").unlink()
-    read_base(base)
+    plain = read_base(small_sd / "base")[0].state_dict()
+    for schedule_is_there in (True, False):
+        read = read_base(base)[0].state_dict()
+        assert read.keys() == plain.keys() and all(torch.equal(read[key], plain[key]) for key in plain)
+        if schedule_is_there:
+            (base / "scheduler" / "scheduler_config.json").unlink()
 
 
 VOCABULARY = {"!": 0, "a</w>": 1, "b</w>": 2, "<|startoftext|>": 5, "<|endoftext|>": 6}

@@ -6,7 +6,6 @@ in tiles, in `prediction.py`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +17,6 @@ from ..diffusion import NoiseSchedule, plan_steps, respaced_timesteps, scaled_li
 from ..tiling import TiledRun, TilePlan, Window
 from .networks import Preview, TextNetworks
 from .prediction import PredictEps, TiledPredictor, guided
-
-log = logging.getLogger(__name__)
 
 MAX_STEPS = 500
 

@@ -6,7 +6,6 @@ a ten-line fake in a test all take this one road.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,8 +20,6 @@ from .plan import StagePlan, Target, UpscalePlan, plan_upscale
 from .prediction import TiledPredictor, weighted
 from .stages import Stage, TwoStageModel, UpscaleOptions
 from .upscaler import ProgressCounter, check_image
-
-log = logging.getLogger(__name__)
 
 
 def plan_for(model: TwoStageModel, source: tuple[int, int], target: Target, options: UpscaleOptions) -> UpscalePlan:

@@ -1,7 +1,6 @@
 """One pass of tiles over a latent: in batches, blended, and with smaller tiles from where memory ran out.
 
-Knows tiles and a function that computes a batch of them; what is computed is the pipeline's
-business.
+Knows tiles and a function that computes a batch of them; what is computed is the methods' business.
 """
 
 from __future__ import annotations
