@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 PACK = Path(__file__).parents[2]
@@ -28,6 +29,7 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.sd
 import comfy.supported_models_base
@@ -269,6 +271,42 @@ def refused(call, *words):
         assert all(word in str(error) for word in words) and "\n" not in str(error), error
     else:
         raise AssertionError("accepted")
+
+
+@contextmanager
+def memory_asked_for():
+    """Yield the list to which the shapes are added that ComfyUI estimates memory for meanwhile."""
+    seen, original = [], comfy.sampler_helpers.estimate_memory
+
+    def spy(model, noise_shape, conds):
+        seen.append(tuple(noise_shape))
+        return original(model, noise_shape, conds)
+
+    comfy.sampler_helpers.estimate_memory = spy
+    try:
+        yield seen
+    finally:
+        comfy.sampler_helpers.estimate_memory = original
+
+
+def cancelled_at(count, run):
+    """Cancel `run` when ComfyUI looks for it the `count`-th time; AssertionError if it looks again, or goes on."""
+    seen, original = [], comfy.model_management.throw_exception_if_processing_interrupted
+
+    def stop():
+        seen.append(1)
+        if len(seen) == count:
+            raise comfy.model_management.InterruptProcessingException()
+
+    comfy.model_management.throw_exception_if_processing_interrupted = stop
+    try:
+        run()
+    except comfy.model_management.InterruptProcessingException:
+        assert len(seen) == count
+    else:
+        raise AssertionError("was not cancelled")
+    finally:
+        comfy.model_management.throw_exception_if_processing_interrupted = original
 
 
 def main(checks):

@@ -4,6 +4,7 @@ COMFYUI_PYTHON tests/nodes/inside_multidiffusion.py COMFYUI_PATH FILES     print
 """
 
 from inside import (  # first: it makes ComfyUI importable
+    memory_asked_for,
     HintControl,
     main,
     multidiffusion,
@@ -95,18 +96,8 @@ def check_another_packs_wrapper_still_acts():
 
 
 def check_memory_is_estimated_for_a_tile():
-    seen = []
-    original = comfy.sampler_helpers.estimate_memory
-
-    def spy(model, noise_shape, conds):
-        seen.append(tuple(noise_shape))
-        return original(model, noise_shape, conds)
-
-    comfy.sampler_helpers.estimate_memory = spy
-    try:
+    with memory_asked_for() as seen:
         sample(multidiffusion(stub_model(), batch=2), noise(1, 4, 200, 200), sigmas=torch.tensor([1.0, 0.0]))
-    finally:
-        comfy.sampler_helpers.estimate_memory = original
     assert seen == [(2, 4, 16, 16)], seen
 
 

@@ -3,7 +3,7 @@
 COMFYUI_PYTHON tests/nodes/inside_tile_texts.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
-from inside import FoldVAE, HintControl, main, noise, part, text  # first: it makes ComfyUI importable
+from inside import memory_asked_for, FoldVAE, HintControl, main, noise, part, text  # first: it makes ComfyUI importable
 from inside_words import (
     CASES,
     WordClip,
@@ -21,7 +21,6 @@ from inside_words import (
     word_value,
 )
 
-import comfy.sampler_helpers
 import torch
 
 
@@ -208,19 +207,10 @@ def check_the_estimate_agrees_with_clips_tokenizer():
 
 def check_memory_is_estimated_for_the_plans_tiles():
     """The plan's tiles take the place of the node's own."""
-    plan, seen = tiles_module.plan_tiles(40, 52, 16, 6), []
-    original = comfy.sampler_helpers.estimate_memory
-
-    def spy(model, noise_shape, conds):
-        seen.append(tuple(noise_shape))
-        return original(model, noise_shape, conds)
-
-    comfy.sampler_helpers.estimate_memory = spy
-    try:
+    plan = tiles_module.plan_tiles(40, 52, 16, 6)
+    with memory_asked_for() as seen:
         model = tiled(stub_model(), tile_prompts(plan), batch=2)
         run(model, noise(1, 4, 40, 52), 1.0, text(9), text(9), ddpm_sigmas(2))
-    finally:
-        comfy.sampler_helpers.estimate_memory = original
     assert seen == [(2, 4, 16, 16)], seen
 
 

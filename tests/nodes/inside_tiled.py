@@ -5,6 +5,7 @@ COMFYUI_PYTHON tests/nodes/inside_tiled.py COMFYUI_PATH FILES     prints one JSO
 
 import inside as base  # first: it makes ComfyUI importable
 from inside import (
+    memory_asked_for,
     NODES,
     HintControl,
     multidiffusion,
@@ -293,19 +294,9 @@ def check_tile_batch_of_the_upscaler_changes_no_bit():
 
 
 def check_memory_is_estimated_for_a_tile_of_all_frames_and_pictures():
-    seen = []
-    original = comfy.sampler_helpers.estimate_memory
-
-    def spy(model, noise_shape, conds):
-        seen.append(tuple(noise_shape))
-        return original(model, noise_shape, conds)
-
-    comfy.sampler_helpers.estimate_memory = spy
-    try:
+    with memory_asked_for() as seen:
         model = multidiffusion(stub_model(latents=VIDEO), batch=2)
         sample(model, noise(3, 16, 5, 12, 200), sigmas=torch.tensor([1.0, 0.0]))
-    finally:
-        comfy.sampler_helpers.estimate_memory = original
     assert seen == [(6, 16, 5, 12, 16)], seen
 
 

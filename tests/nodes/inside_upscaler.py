@@ -4,6 +4,8 @@ COMFYUI_PYTHON tests/nodes/inside_upscaler.py COMFYUI_PATH FILES     prints one 
 """
 
 from inside import (  # first: it makes ComfyUI importable
+    cancelled_at,
+    memory_asked_for,
     NODES,
     OPTIONS,
     FoldVAE,
@@ -260,18 +262,8 @@ def check_plan_shows_the_tiles_of_the_methods_own_script():
 
 
 def check_memory_is_estimated_for_all_tiles_at_once():
-    seen = []
-    original = comfy.sampler_helpers.estimate_memory
-
-    def spy(model, noise_shape, conds):
-        seen.append(tuple(noise_shape))
-        return original(model, noise_shape, conds)
-
-    comfy.sampler_helpers.estimate_memory = spy
-    try:
+    with memory_asked_for() as seen:
         upscale(4, picture(1, 60, 80), tile=64, overlap=16, tile_batch=3)
-    finally:
-        comfy.sampler_helpers.estimate_memory = original
     assert seen == [(3, 32, 16, 16)], seen
 
 
@@ -289,22 +281,7 @@ def check_free_memory_counts_the_weights_that_wait():
 
 
 def check_cancel_stops_the_upscaler_within_a_tile():
-    original, seen = comfy.model_management.throw_exception_if_processing_interrupted, []
-
-    def stop():
-        seen.append(1)
-        if len(seen) == 4:
-            raise comfy.model_management.InterruptProcessingException()
-
-    comfy.model_management.throw_exception_if_processing_interrupted = stop
-    try:
-        upscale(4, picture(1, 60, 80), tile=64, overlap=16)
-    except comfy.model_management.InterruptProcessingException:
-        assert len(seen) == 4
-    else:
-        raise AssertionError("was not cancelled")
-    finally:
-        comfy.model_management.throw_exception_if_processing_interrupted = original
+    cancelled_at(4, lambda: upscale(4, picture(1, 60, 80), tile=64, overlap=16))
 
 
 if __name__ == "__main__":

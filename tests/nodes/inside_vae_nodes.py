@@ -5,7 +5,7 @@ COMFYUI_PYTHON tests/nodes/inside_vae_nodes.py COMFYUI_PATH FILES     prints one
 
 import copy
 
-from inside import main, noise, part, picture, small_vae, vae_nodes  # first: it makes ComfyUI importable
+from inside import cancelled_at, main, noise, part, picture, small_vae, vae_nodes  # first: it makes ComfyUI importable
 
 import comfy.model_management
 import comfy.utils
@@ -115,23 +115,8 @@ def check_a_video_vae_is_refused():
 
 
 def check_cancel_stops_the_vae_within_a_tile():
-    vae, seen = small_vae(torch.float32), []
-    original = comfy.model_management.throw_exception_if_processing_interrupted
-
-    def stop():
-        seen.append(1)
-        if len(seen) == 7:
-            raise comfy.model_management.InterruptProcessingException()
-
-    comfy.model_management.throw_exception_if_processing_interrupted = stop
-    try:
-        vae_nodes(vae, picture(1, 128, 128))
-    except comfy.model_management.InterruptProcessingException:
-        assert len(seen) == 7
-    else:
-        raise AssertionError("was not cancelled")
-    finally:
-        comfy.model_management.throw_exception_if_processing_interrupted = original
+    vae = small_vae(torch.float32)
+    cancelled_at(7, lambda: vae_nodes(vae, picture(1, 128, 128)))
 
 
 if __name__ == "__main__":
