@@ -52,6 +52,9 @@ class IdentityNetworks:
     def condition(self, text):
         return text
 
+    def seeing(self, z):
+        return self
+
     def is_out_of_memory(self, error):
         return isinstance(error, torch.OutOfMemoryError)
 

@@ -305,7 +305,7 @@ def test_what_cannot_be_sampled_is_named():
         sampled(z, ToyNetworks(), tiles, [("a", "b")] * 3, seeded())
     for wrong, says in (
         (dict(steps=0), "0 steps"),
-        (dict(steps=501), "501 steps"),
+        (dict(steps=1001), "1001 steps"),
         (dict(strength=0), "strength 0"),
         (dict(eta=1.5), "eta 1.5"),
         (dict(guidance=0.5), "guidance 0.5"),

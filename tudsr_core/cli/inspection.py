@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..backends import TELLTALE, TEXT_PREFIXES, UNET_PREFIX, V_SPREAD, VAE_PREFIX
+from ..backends import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from ..diffusion import OneStep
 from ..models import TAGGER_FORMAT, load_tagger
 from ..weights import (
@@ -13,6 +13,7 @@ from ..weights import (
     Adapter,
     CheckpointError,
     WeightDelta,
+    file_prediction,
     identify,
     known_file,
     open_safetensors,
@@ -94,9 +95,16 @@ def _single(path: Path) -> Lines:
 def _base_file(path: Path, keys: list[str]) -> Lines:
     parts = {"UNet": UNET_PREFIX, "VAE": VAE_PREFIX, "text encoder": TEXT_PREFIXES}
     counts = [f"{name}: {sum(key.startswith(prefix) for key in keys)} tensors" for name, prefix in parts.items()]
-    spread = next((value.float().std() for _, value in stream(path, (TELLTALE,))), None)
-    predicts = "unknown" if spread is None else "v (SD2.1 768, unsuitable)" if spread > V_SPREAD else "eps (suitable)"
-    return [("kind", "Stable Diffusion checkpoint"), ("holds", ", ".join(counts)), ("predicts", predicts)]
+    predicts = {
+        None: "unknown",
+        "epsilon": "eps (suitable)",
+        "v_prediction": "v (SD2.1 768, for zoom and StableSR only)",
+    }
+    return [
+        ("kind", "Stable Diffusion checkpoint"),
+        ("holds", ", ".join(counts)),
+        ("predicts", predicts[file_prediction(path)]),
+    ]
 
 
 def _base_folder(path: Path) -> Lines:

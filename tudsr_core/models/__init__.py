@@ -10,4 +10,5 @@ __all__, __getattr__ = public_names(
     dape="RAM_FILE TAGGER_FORMAT load_tagger write_tagger",
     embedded="AutoencoderDC UNet load_networks make_unet make_vae",
     invsr="build_predictor",
+    stablesr="PLACES StableSR load_stablesr",
 )
