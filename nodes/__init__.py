@@ -21,6 +21,7 @@ NODES = (
     ("plan", "Plan"),
     ("one_step", "OneStepSigmas OneStepLatent"),
     ("multidiffusion", "MultiDiffusion"),
+    ("stablesr", "LoadStableSR ApplyStableSR StableSRSigmas"),
     ("vae", "VAEEncode VAEDecode"),
     ("tile_plan", "PlanTiles TileImages"),
     ("clip_tags", "ClipTags"),
