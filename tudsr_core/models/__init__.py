@@ -7,6 +7,7 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
+    cfw="FeatureWrapping load_wrapping",
     dape="RAM_FILE TAGGER_FORMAT load_tagger write_tagger",
     embedded="AutoencoderDC UNet load_networks make_unet make_vae",
     invsr="build_predictor",

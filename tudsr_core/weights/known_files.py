@@ -80,6 +80,14 @@ KNOWN_FILES = (
         f"{_HUGGINGFACE}/OAOA/InvSR/resolve/main/noise_predictor_sd_turbo_v5.pth",
     ),
     KnownFile(
+        "vqgan_cfw_00011.ckpt",
+        "StableSR: CFW, with which the decoder follows the low-resolution picture, beside the VAE's weights",
+        f"{_HUGGINGFACE}/Iceclear/StableSR",
+        "S-Lab 1.0 (non-commercial)",
+        "tudsr",
+        f"{_HUGGINGFACE}/Iceclear/StableSR/resolve/main/vqgan_cfw_00011.ckpt",
+    ),
+    KnownFile(
         "ram_swin_large_14m.pth",
         "RAM: tags for pictures, the base of DAPE",
         f"{_HUGGINGFACE}/spaces/xinyu1205/recognize-anything",
