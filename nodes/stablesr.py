@@ -200,8 +200,8 @@ class StableSRSigmas(io.ComfyNode):
             node_id="TUDSRStableSRSigmas",
             display_name="StableSR Sigmas",
             category=CATEGORY,
-            description="The noise levels of StableSR's steps, for SamplerCustom with the ddpm sampler: evenly from the "
-            "first to the last timestep it was trained with.",
+            description="The noise levels of StableSR's steps, for SamplerCustom with the ddpm sampler: evenly from "
+            "the first to the last timestep it was trained with.",
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that is sampled."),
                 io.Int.Input(

@@ -1,6 +1,6 @@
 """StableSR written out from its published tensors, a line for a line of the paper; and random files of any size.
 
-Knows nothing of the package's own modules but for making random tensors of the right names and shapes.
+Knows nothing of the package.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tudsr_core.models import PLACES, StableSR
-
 SMALL = dict(widths=(32, 32, 64, 64), width=32, hidden=16)
 FULL = dict(widths=(256, 256, 512, 512), width=256, hidden=128)
 UNET_CHANNELS = {"small": (32, 64, 64, 64), "stand-in": (32, 64, 128, 128), "full": (320, 640, 1280, 1280)}
+PLACES = [
+    *(f"input_blocks.{index}.0" for index in (1, 2, 4, 5, 7, 8, 10, 11)),
+    *("middle_block.0", "middle_block.2"),
+    *(f"output_blocks.{index}.0" for index in range(12)),
+]
 LEVEL_OF = [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
 
 Tensors = Mapping[str, Tensor]
@@ -27,15 +30,60 @@ def channels_of(levels: tuple[int, ...]) -> dict[str, int]:
     return {place: levels[level] for place, level in zip(PLACES, LEVEL_OF, strict=True)}
 
 
+def shapes_of(widths: tuple[int, ...], width: int, hidden: int, unet: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of a file."""
+    made, time = {}, 4 * widths[0]
+
+    def layer(key: str, *shape: int) -> None:
+        made.update({f"{key}.weight": shape, f"{key}.bias": shape[:1]})
+
+    def res(key: str, before: int, after: int) -> None:
+        layer(f"{key}.in_layers.0", before)
+        layer(f"{key}.in_layers.2", after, before, 3, 3)
+        layer(f"{key}.emb_layers.1", after, time)
+        layer(f"{key}.out_layers.0", after)
+        layer(f"{key}.out_layers.3", after, after, 3, 3)
+        if before != after:
+            layer(f"{key}.skip_connection", after, before, 1, 1)
+
+    def attend(key: str, channels: int) -> None:
+        layer(f"{key}.norm", channels)
+        layer(f"{key}.qkv", 3 * channels, channels, 1)
+        layer(f"{key}.proj_out", channels, channels, 1)
+
+    encoder = "structcond_stage_model"
+    layer(f"{encoder}.time_embed.0", time, widths[0])
+    layer(f"{encoder}.time_embed.2", time, time)
+    layer(f"{encoder}.input_blocks.0.0", widths[0], 4, 3, 3)
+    before = widths[0]
+    for level, channels in enumerate(widths):
+        for index in (3 * level + 1, 3 * level + 2):
+            res(f"{encoder}.input_blocks.{index}.0", before, channels)
+            before = channels
+            if level < 3:
+                attend(f"{encoder}.input_blocks.{index}.1", channels)
+        if level < 3:
+            layer(f"{encoder}.input_blocks.{3 * level + 3}.0.op", channels, channels, 3, 3)
+        res(f"{encoder}.fea_tran.{level}", channels, width)
+    for index in (0, 2):
+        res(f"{encoder}.middle_block.{index}", before, before)
+    attend(f"{encoder}.middle_block.1", before)
+    for place, channels in channels_of(unet).items():
+        key = f"model.diffusion_model.{place}.spade"
+        layer(f"{key}.param_free_norm", channels)
+        layer(f"{key}.mlp_shared.0", hidden, width, 3, 3)
+        layer(f"{key}.mlp_gamma", channels, hidden, 3, 3)
+        layer(f"{key}.mlp_beta", channels, hidden, 3, 3)
+    return made
+
+
 def random_tensors(unet: str = "small", seed: int = 0, **sizes) -> dict[str, Tensor]:
     """Return the 376 tensors of a file, none at its default and none zero."""
-    sizes = SMALL | sizes
-    network = StableSR(**sizes, channels=channels_of(UNET_CHANNELS[unet]))
     generator = torch.Generator().manual_seed(seed)
     return {
-        key: torch.randn(value.shape, generator=generator) * 0.5 * math.prod(value.shape[1:]) ** -0.5
-        + (value.ndim == 1 and "norm" in key and key.endswith("weight"))
-        for key, value in network.state_dict().items()
+        key: torch.randn(shape, generator=generator) * 0.5 * math.prod(shape[1:]) ** -0.5
+        + (len(shape) == 1 and key.endswith("weight"))
+        for key, shape in shapes_of(**(SMALL | sizes), unet=UNET_CHANNELS[unet]).items()
     }
 
 

@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from plain_stablesr import FULL, PLACES, UNET_CHANNELS, channels_of, encode, random_tensors, steer_diffusers, transform
+from plain_stablesr import (
+    FULL,
+    PLACES,
+    UNET_CHANNELS,
+    channels_of,
+    encode,
+    random_tensors,
+    shapes_of,
+    steer_diffusers,
+    transform,
+)
 from safetensors.torch import save_file
 from small_sd import SMALL_UNET
 
@@ -48,6 +58,8 @@ def test_the_published_networks_have_these_tensors_and_parameters():
     weights = network.state_dict()
     encoder = {key: value for key, value in weights.items() if key.startswith("structcond_stage_model.")}
     assert (len(weights), len(encoder)) == (376, 200)
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    assert shapes == shapes_of(**FULL, unet=UNET_CHANNELS["full"])
     assert round(sum(value.numel() for value in weights.values()) / 1e6, 1) == 105.5
     assert round(sum(value.numel() for value in encoder.values()) / 1e6, 2) == 52.49
     shapes = {

@@ -26,6 +26,7 @@ SCRIPTS = [
         "inside_prompters.py",
         "inside_refusals.py",
         "inside_widgets.py",
+        "inside_stablesr.py",
     )
 ]
 CHECKS = [

@@ -33,13 +33,14 @@ PLACES = {
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, computed in float32 whatever the network is in."""
+    """Group normalisation, computed at least in float32."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels, 1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        wide = _wide(x)
+        return F.group_norm(x.to(wide), GROUPS, self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -149,9 +150,9 @@ class FeatureTransform(nn.Module):
                 f"StableSR's features are {tuple(features.shape[-2:])} where the UNet works on {tuple(x.shape[-2:])}; "
                 "the low-resolution latent must have the size of the one being sampled"
             )
-        shared = self.mlp_shared(features)
-        gamma, beta = (layer(shared).float()[rows] for layer in (self.mlp_gamma, self.mlp_beta))
-        return torch.addcmul(beta, self.param_free_norm(x.float()), gamma.add_(1)).to(x.dtype)
+        shared, wide = self.mlp_shared(features), _wide(x)
+        gamma, beta = (layer(shared).to(wide)[rows] for layer in (self.mlp_gamma, self.mlp_beta))
+        return torch.addcmul(beta, self.param_free_norm(x.to(wide)), gamma.add_(1)).to(x.dtype)
 
 
 class StableSR(nn.Module):
@@ -281,6 +282,10 @@ def _build(path: Path, tensors: Mapping[str, Tensor]) -> StableSR:
 
 def _conv(channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, out_channels, 3, padding=1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
