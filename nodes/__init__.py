@@ -29,6 +29,7 @@ NODES = (
     ("tile_prompts", "ExtractTilePrompts TilePromptsFromStrings"),
     ("regions", "RegionConditioning"),
     ("images", "ColorFix"),
+    ("cfw", "LoadCFW CFWDecode"),
 )
 
 

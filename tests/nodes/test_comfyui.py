@@ -55,7 +55,7 @@ def test_the_pack_loads_without_complaint(server):
     assert any("seconds" in line for line in ours), "the pack is not among the import times"
     assert not [line for line in ours if "Cannot import" in line or "IMPORT FAILED" in line]
     ids = [name for name in server.get("/object_info") if name.startswith("TUDSR")]
-    assert len(ids) == 20
+    assert len(ids) == 22
 
 
 def test_the_nodes_need_nothing_that_comfyui_does_not_require(server):

@@ -20,6 +20,7 @@ SCRIPTS = [
         "inside_adapters.py",
         "inside_vae.py",
         "inside_vae_nodes.py",
+        "inside_cfw.py",
         "inside_regions.py",
         "inside_tile_texts.py",
         "inside_tile_prompts.py",
