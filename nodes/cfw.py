@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 from comfy_api.latest import io
@@ -12,9 +11,8 @@ from torch import Tensor
 from ..tudsr_core.models import load_wrapping
 from ..tudsr_core.pictures import match_color, pad_to_multiple
 from ..tudsr_core.vae import VAETiling
-from ..tudsr_core.weights import SUFFIXES, CheckpointError, where_to_get
 from .host.exact_vae import ExactVAE, ManagedWrapping
-from .host.model_files import find_below, list_below, model_roots
+from .host.model_files import find_weights, fingerprint, is_there, list_weights
 from .images import rgb
 from .inputs import CATEGORY, CFWType, color_fix_input, float_input
 from .vae import latents_of, progress, tiling_inputs
@@ -22,17 +20,6 @@ from .vae import latents_of, progress, tiling_inputs
 log = logging.getLogger(__name__)
 
 NOTHING = "(put vqgan_cfw_00011.ckpt into models/tudsr)"
-
-
-def list_files() -> list[str]:
-    """Return the files of weights below `models/tudsr`, as names for the chooser."""
-    files = {file for root in model_roots() for file in list_below(root) if file.suffix in SUFFIXES}
-    return sorted(file.as_posix() for file in files)
-
-
-def find_file(name: str) -> Path:
-    """Return the path of a chosen file; raises CheckpointError that says where to get it and where to put it."""
-    return find_below(model_roots(), name, f"{where_to_get(name)}put it there and press R to refresh")
 
 
 class LoadCFW(io.ComfyNode):
@@ -49,7 +36,7 @@ class LoadCFW(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "cfw",
-                    options=list_files() or [NOTHING],
+                    options=list_weights() or [NOTHING],
                     tooltip="A file in models/tudsr that holds CFW, such as vqgan_cfw_00011.ckpt. The VAE's own "
                     "weights, which it also holds, are left alone.",
                 )
@@ -59,20 +46,15 @@ class LoadCFW(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, cfw) -> bool | str:
-        try:
-            find_file(cfw)
-        except CheckpointError as error:
-            return str(error)
-        return True
+        return is_there(cfw)
 
     @classmethod
     def fingerprint_inputs(cls, cfw) -> str:
-        path = find_file(cfw)
-        return f"{path}:{path.stat().st_mtime_ns}"
+        return fingerprint(find_weights(cfw))
 
     @classmethod
     def execute(cls, cfw) -> io.NodeOutput:
-        return io.NodeOutput(ManagedWrapping(load_wrapping(find_file(cfw))))
+        return io.NodeOutput(ManagedWrapping(load_wrapping(find_weights(cfw))))
 
 
 class CFWDecode(io.ComfyNode):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..tudsr_core.diffusion import respaced_timesteps
 from ..tudsr_core.methods import MAX_PIXELS, StableSROptions
 from ..tudsr_core.pictures import pad_to_multiple, resize
-from ..tudsr_core.tiling import fit_overlap, plan_tiles
-from ..tudsr_core.weights import SUFFIXES, where_to_get
+from ..tudsr_core.tiling import TilePlan, fit_overlap, plan_tiles
 from .host.exact_vae import ExactVAE
-from .host.model_files import find_below, list_below, model_roots
+from .host.model_files import find_weights, fingerprint, is_there, list_weights
 from .host.stablesr import ManagedStableSR, StableSRType, steered_sigmas, with_picture
 from .images import rgb
 from .inputs import (
@@ -27,28 +23,15 @@ from .inputs import (
     tile_prompt_inputs,
 )
 from .multidiffusion import in_tiles
-from .tile_plan import tell
+from .tile_plan import tell_tiles
 from .upscale import target_from
+from .vae import progress
 
 DEFAULTS = StableSROptions()
+FOLDER = "stablesr"
 NOTHING = "(put StableSR's file into models/tudsr)"
 MULTIPLE = 8
 MAX_STEPS = 1000
-
-
-def list_files() -> list[str]:
-    """Return the weight files below `models/tudsr` and `models/stablesr`, as names for the chooser."""
-    found = {path for root in _roots() for path in list_below(root) if path.suffix in SUFFIXES}
-    return sorted(path.as_posix() for path in found)
-
-
-def _roots() -> list[Path]:
-    return model_roots("stablesr")
-
-
-def find_file(name: str) -> Path:
-    """Return the path of a chosen file; raises CheckpointError that says where to get and put it."""
-    return find_below(_roots(), name, where_to_get(name) + "put it there, then press R to refresh")
 
 
 class LoadStableSR(io.ComfyNode):
@@ -65,7 +48,7 @@ class LoadStableSR(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=list_files() or [NOTHING],
+                    options=list_weights(FOLDER) or [NOTHING],
                     tooltip="A file in models/tudsr or models/stablesr: stablesr_webui_sd-v2-1_512-ema-000117.ckpt or "
                     "stablesr_000117.ckpt with SD2.1-base or SD-Turbo, webui_768v_139.ckpt with SD2.1 (768).",
                 ),
@@ -74,13 +57,16 @@ class LoadStableSR(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file) -> bool | str:
+        return is_there(file, FOLDER)
+
+    @classmethod
     def fingerprint_inputs(cls, file) -> str:
-        path = find_file(file)
-        return f"{path}:{path.stat().st_mtime_ns}"
+        return fingerprint(find_weights(file, FOLDER))
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(ManagedStableSR(find_file(file)))
+        return io.NodeOutput(ManagedStableSR(find_weights(file, FOLDER)))
 
 
 def _tiles() -> list[io.Input]:
@@ -164,7 +150,8 @@ class ApplyStableSR(io.ComfyNode):
             raise ValueError(f"{wanted[1]} x {wanted[0]} has more than {MAX_PIXELS:,} pixels; enlarge less")
         enlarged = resize(pixels, wanted).clamp(0, 1)
         padded, _ = pad_to_multiple(enlarged, MULTIPLE)
-        z = exact.encode(padded, _progress(exact, padded))
+        on_tile = progress(len(padded) * exact.tiled.count("encoder", tuple(padded.shape[-2:])))
+        z = exact.encode(padded, on_tile)
         plan = tile_prompts.plan if tile_prompts else _plan(z, tile, overlap, exact.scale)
         low = model.model.process_latent_in(z)
         return io.NodeOutput(
@@ -173,22 +160,17 @@ class ApplyStableSR(io.ComfyNode):
             with_picture(negative, low),
             {"samples": z},
             enlarged.movedim(1, -1),
-            ui=ui.PreviewText(tell(plan, 1, exact.scale)),
+            ui=ui.PreviewText(_tell(plan, exact.scale)),
         )
 
 
-def _plan(z, tile: int, overlap: int, scale: int):
+def _tell(plan: TilePlan, unit: int) -> str:
+    each = "one network call" if len(plan) == 1 else f"{len(plan):,} network calls"
+    return f"{tell_tiles(plan, unit)}\n{each} for each step and picture, twice as many with CFG above 1"
+
+
+def _plan(z: Tensor, tile: int, overlap: int, scale: int) -> TilePlan:
     return plan_tiles(z.shape[-2], z.shape[-1], tile // scale, fit_overlap(tile, overlap) // scale)
-
-
-def _progress(vae: ExactVAE, pixels):
-    bar = comfy.utils.ProgressBar(len(pixels) * vae.tiled.count("encoder", tuple(pixels.shape[-2:])))
-
-    def on_tile() -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update(1)
-
-    return on_tile
 
 
 class StableSRSigmas(io.ComfyNode):

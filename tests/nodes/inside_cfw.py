@@ -221,7 +221,7 @@ def check_files_are_offered_found_and_refused():
     (FOLDER / "faces").mkdir()
     own = {key: value.contiguous() for key, value in wrapping().state_dict().items()}
     save_file(own, FOLDER / "faces" / "face_cfw.safetensors")
-    assert {"offered.pt", "faces/face_cfw.safetensors"} <= set(cfw.list_files()), cfw.list_files()
+    assert {"offered.pt", "faces/face_cfw.safetensors"} <= set(list_weights()), list_weights()
     assert node.validate_inputs("offered.pt") is True
     loaded = node.execute("faces/face_cfw.safetensors").args[0].network.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in own.items())

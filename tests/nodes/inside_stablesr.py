@@ -325,7 +325,7 @@ def check_the_nodes_run_from_file_to_picture():
     folder_paths.add_model_folder_path("tudsr", str(PUBLISHED))
     node, vae = NODES["TUDSRApplyStableSR"], small_vae(torch.float32, ch_mult=[1, 2, 2, 2])
     loader = NODES["TUDSRLoadStableSR"]
-    assert "stablesr.safetensors" in part("nodes.stablesr").list_files()
+    assert "stablesr.safetensors" in part("nodes.host.model_files").list_weights("stablesr")
     network = loader.execute("stablesr.safetensors").args[0]
     image = picture(2, 19, 30)
     options = dict(scale=5.5, width=0, height=0, tile=64, overlap=32, tile_batch=1, window="centred")
@@ -333,12 +333,13 @@ def check_the_nodes_run_from_file_to_picture():
     model, positive, negative, latent, enlarged = out.args
     assert tuple(enlarged.shape) == (2, round(19 * 5.5), 165, 3)
     assert tuple(latent["samples"].shape) == (2, 4, 13, 21)
-    assert "4 x 3 = 12 tiles" in out.ui.as_dict()["text"][0] or "tiles of 64 x 64" in out.ui.as_dict()["text"][0]
+    said = "168 x 104 px: 5 x 3 = 15 tiles of 64 x 64 px\n15 network calls for each step and picture, twice"
+    assert out.ui.as_dict()["text"][0].startswith(said), out.ui.as_dict()
     z = latent["samples"] * 0.18215
     made = sample(model, z, positive, negative, 7.0)
     decoded = NODES["TUDSRCFWDecode"].execute({"samples": made / 0.18215}, vae, enlarged, 0.0, "wavelet", 64, "host")
     assert decoded.args[0].shape == enlarged.shape and decoded.args[0].isfinite().all()
-    refused(lambda: part("nodes.stablesr").find_file("stablesr_000117.ckpt"), "stablesr_000117.ckpt", "press R")
+    refused(lambda: part("nodes.host.model_files").find_weights("lost.ckpt", "stablesr"), "lost.ckpt", "press R")
 
 
 def check_sigmas_are_those_of_the_timesteps():

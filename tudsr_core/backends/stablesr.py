@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..models import PLACES, StableSR, load_stablesr
+from ..models import PLACES, StableSR, load_stablesr, load_wrapping
 from ..tiling import NetworkFacts, Tile
+from ..vae import wrapping
 from ..weights import CheckpointError
 from .local import Backbone, LocalNetworks, read_backbone
 
@@ -77,9 +78,6 @@ def load_stablesr_networks(
         )
     check_prediction(network, backbone.prediction, stablesr.name)
     if cfw is not None and fidelity:
-        from ..models import load_wrapping
-        from ..vae import wrapping
-
         fuse = nn.Module.to(load_wrapping(cfw), backbone.device, backbone.dtype)
         backbone.fusion = wrapping(fuse, fidelity)
     return StableSRNetworks(backbone, network)
