@@ -216,12 +216,12 @@ def check_what_does_not_fit_is_refused():
 
 
 def check_files_are_offered_found_and_refused():
-    cfw, node = part("nodes.cfw"), NODES["TUDSRLoadCFW"]
+    offered, node = part("nodes.host.model_files").list_weights, NODES["TUDSRLoadCFW"]
     load(wrapping(), "offered.pt")
     (FOLDER / "faces").mkdir()
     own = {key: value.contiguous() for key, value in wrapping().state_dict().items()}
     save_file(own, FOLDER / "faces" / "face_cfw.safetensors")
-    assert {"offered.pt", "faces/face_cfw.safetensors"} <= set(list_weights()), list_weights()
+    assert {"offered.pt", "faces/face_cfw.safetensors"} <= set(offered()), offered()
     assert node.validate_inputs("offered.pt") is True
     loaded = node.execute("faces/face_cfw.safetensors").args[0].network.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in own.items())
