@@ -226,6 +226,8 @@ class TileEditor {
     }
 
     type() {
+        // Ctrl+Z on the canvas undoes in the box too, though nobody is in it; the frontend's undo is the one meant.
+        if (document.activeElement !== this.box) return this.update();
         if (this.selected === null || this.locked) return;
         const text = this.box.value;
         const asFound = this.kind === "replace" && strip(text) === this.facts.found[this.selected];
@@ -356,9 +358,40 @@ function attach(node) {
     node.setSize([Math.max(node.size[0], 420), Math.max(node.size[1], 720)]);
 }
 
+let loaded = false; // and nothing clicked since
+let pressed = false; // in this frame
+
+/**
+ * Take the places and sizes that nodes have now into the state of the last step of undo.
+ *
+ * Vue nodes come back from an undo some pixels larger. The frontend would find that at the next click, or when
+ * Ctrl+Z is up again before its frame, take it for a step of its own, which Ctrl+Z then undoes without any effect
+ * to see, and forget what to redo.
+ */
+function settle() {
+    const state = app.extensionManager.workflow.activeWorkflow?.changeTracker?.activeState;
+    const graph = app.canvas?.graph;
+    if (!loaded || !graph?._nodes.some((node) => node.tudsrEditor)) return;
+    const inside = state?.definitions?.subgraphs?.find((one) => one.id === graph.id);
+    for (const saved of (graph.isRootGraph ? state : inside)?.nodes ?? []) {
+        const node = graph.getNodeById(saved.id);
+        if (node) Object.assign(saved, { pos: [...node.pos], size: [...node.size] });
+    }
+}
+
 app.registerExtension({
     name: "TUDSR.TilePrompts",
     setup() {
+        const listen = (type, listener) => window.addEventListener(type, listener, true);
+        listen("pointerdown", () => {
+            settle();
+            loaded = false;
+        });
+        listen("keydown", () => {
+            pressed = true;
+            requestAnimationFrame(() => { pressed = false });
+        });
+        listen("keyup", () => pressed && settle());
         document.head.append(make("style", "", STYLE));
         const frame = () => {
             requestAnimationFrame(frame);
@@ -368,5 +401,8 @@ app.registerExtension({
     },
     nodeCreated(node) {
         if (NODES.has(node.comfyClass)) attach(node);
+    },
+    afterConfigureGraph() {
+        loaded = true;
     },
 });
