@@ -49,8 +49,8 @@ class LoadStableSR(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=list_weights(FOLDER) or [NOTHING],
-                    tooltip="A file in models/tudsr or models/stablesr: stablesr_webui_sd-v2-1_512-ema-000117.ckpt or "
-                    "stablesr_000117.ckpt with SD2.1-base or SD-Turbo, webui_768v_139.ckpt with SD2.1 (768).",
+                    tooltip="A file in models/tudsr or models/stablesr: stablesr_000117.ckpt with SD2.1-base or "
+                    "SD-Turbo, webui_768v_139.ckpt with SD2.1 (768).",
                 ),
             ],
             outputs=[StableSRType.Output(display_name="stablesr", tooltip="For Apply StableSR.")],
