@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from .. import __version__
+from .batches import RecursiveOption, run_command
 from .console import (
     PATH,
     ColorFixOption,
@@ -40,7 +41,6 @@ from .console import (
     never_fail_to_print,
     one_line_errors,
     out,
-    run_command,
     target_of,
 )
 from .files import add_file_commands
@@ -141,13 +141,14 @@ def upscale(
     bits: Annotated[int | None, typer.Option(help="8 or 16 per channel; default: as the input.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
     suffix: FormatOption = None,
+    recursive: RecursiveOption = False,
     force: ForceOption = False,
     max_megapixels: MegapixelsOption = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
 ) -> None:
     """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
     from ..backends import AdapterOptions
-    from ..batch import Output, plan_jobs
+    from ..batch import Output, Work, describe_run, plan_jobs
     from ..methods import TwoStage, UpscaleOptions
 
     if bits not in (None, 8, 16):
@@ -158,7 +159,9 @@ def upscale(
         raise ValueError("--published has its own tile, overlap and window; leave out --tile, --overlap and --window")
     chosen = tiles | given(color_fix=color_fix, seed=seed)
     target = target_of(scale, width, height, long_edge)
-    jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
+    jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None, recursive)
+    files = dict(stage_one=stage_one, stage_two=stage_two, stablesr=stablesr, cfw=cfw, tokenizer=tokenizer)
+    words = given(prompt=prompt, negative=negative, method=method, dtype=dtype, format=suffix)
     if stablesr or method is MethodName.stablesr:
         others = dict(stage_one=stage_one, stage_two=stage_two, timestep=timestep, published=published)
         _refuse("--method stablesr", others | dict(detail=detail != 1, sample_posterior=sample_posterior))
@@ -173,8 +176,17 @@ def upscale(
         weights = given(steps=steps, fidelity=fidelity, detail=detail)
         use = AdapterOptions(method and method.value, timestep, prompt=prompt, tokenizer=tokenizer, **weights)
         upscaler = TwoStage(_load(model, stage_one, stage_two, device, dtype, use), options)
-    written = Output(bits, quality, force, max_megapixels)
-    run_command(jobs, output, lambda job: upscaler, target, written, dry_run)
+    numbers = given(steps=steps, timestep=timestep, fidelity=fidelity, detail=detail)
+    work = Work(lambda job: upscaler, target, Output(bits, quality, force, max_megapixels))
+    parts = upscaler.options, target, work.output
+    run_command(jobs, output, work, lambda: describe_run(_files(model, files), *parts, **words, **numbers), dry_run)
+
+
+def _files(model: str, others: dict[str, Path | None]) -> dict[str, Path | None]:
+    """Return the files that decide what pictures look like, by the names of their options."""
+    from ..weights import embedded_path
+
+    return {"model": embedded_path() if model == "embedded" else Path(model), **others}
 
 
 def _refuse(method: str, options: dict[str, object]) -> None:
@@ -211,7 +223,7 @@ def demo(
     """Upscale the shipped photo x8 and write it with a comparison (nearest, bicubic, ours)."""
     from dataclasses import replace
 
-    from ..batch import Job, Output
+    from ..batch import Job, Output, Work
     from ..evaluation import compare, example_path
     from ..methods import Target, TwoStage
     from ..pictures import read_picture, write_picture
@@ -219,7 +231,7 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     job = Job(example_path(), output / "demo-x8.png")
     upscaler = TwoStage(_load("embedded", None, None, device, Precision.fp32))
-    run_command([job], output, lambda job: upscaler, Target(scale=8), Output(overwrite=True))
+    run_command([job], output, Work(lambda job: upscaler, Target(scale=8), Output(overwrite=True)))
     small, ours = read_picture(job.source), read_picture(job.output)
     panels = output / "demo-compare.png"
     write_picture(panels, replace(small, pixels=compare(small.pixels, ours.pixels)), overwrite=True)
