@@ -12,6 +12,7 @@ __all__, __getattr__ = public_names(
     folders="pictures_under plan_jobs",
     jobs="Job OpenJob Output Work open_job",
     manifest="MANIFEST Manifest State open_manifest",
-    pipeline="Listener Outcome Summary explain run_jobs",
+    pipeline="Listener Outcome Summary Together explain run_jobs",
+    report="Report",
     settings="describe_run",
 )

@@ -159,6 +159,10 @@ class Manifest:
         ours = any(_is_file_of(old, job.output) for old in self.history.written.get(name, ()))
         return State.outdated if ours else State.foreign
 
+    def record(self, job: Job) -> Record | None:
+        """Return how a job ended in this run, or in the run that it goes on with."""
+        return self.history.ended.get(self._name(job))
+
     def add_written(self, job: Job, source: Facts, complete: Path, seconds: float) -> None:
         """Note a result that is complete in the file `complete` and is about to be renamed; raises OSError."""
         size, mtime = facts(complete)

@@ -71,6 +71,38 @@ class Listener(Protocol):
         """The run is over, also where it was interrupted."""
 
 
+class Together:
+    """Several listeners as one; tiles are counted by the first that wants to."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners = listeners
+
+    def begins(self, number: int, opened: OpenJob) -> Tick | None:
+        """Tell all; returns the first counter of tiles."""
+        answers = [listener.begins(number, opened) for listener in self.listeners]
+        return next((tick for tick in answers if tick), None)
+
+    def left(self, number: int, job: Job, state: State) -> None:
+        """Tell all."""
+        for listener in self.listeners:
+            listener.left(number, job, state)
+
+    def wrote(self, number: int, outcome: Outcome) -> None:
+        """Tell all."""
+        for listener in self.listeners:
+            listener.wrote(number, outcome)
+
+    def failed(self, number: int, job: Job, error: Exception) -> None:
+        """Tell all."""
+        for listener in self.listeners:
+            listener.failed(number, job, error)
+
+    def ended(self, summary: Summary) -> None:
+        """Tell all."""
+        for listener in self.listeners:
+            listener.ended(summary)
+
+
 @dataclass(frozen=True)
 class _Item:
     """A job under way, how it is written, and its picture with what its file was when it was read."""

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from .. import __version__
-from .batches import RecursiveOption, run_command
+from .batches import RecursiveOption, ReportOption, run_command
 from .console import (
     PATH,
     ColorFixOption,
@@ -142,6 +142,7 @@ def upscale(
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
     suffix: FormatOption = None,
     recursive: RecursiveOption = False,
+    report: ReportOption = None,
     force: ForceOption = False,
     max_megapixels: MegapixelsOption = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
@@ -178,8 +179,11 @@ def upscale(
         upscaler = TwoStage(_load(model, stage_one, stage_two, device, dtype, use), options)
     numbers = given(steps=steps, timestep=timestep, fidelity=fidelity, detail=detail)
     work = Work(lambda job: upscaler, target, Output(bits, quality, force, max_megapixels))
-    parts = upscaler.options, target, work.output
-    run_command(jobs, output, work, lambda: describe_run(_files(model, files), *parts, **words, **numbers), dry_run)
+
+    def describe() -> dict:
+        return describe_run(_files(model, files), upscaler.options, target, work.output, **words, **numbers)
+
+    run_command(jobs, output, work, describe, dry_run, report)
 
 
 def _files(model: str, others: dict[str, Path | None]) -> dict[str, Path | None]:

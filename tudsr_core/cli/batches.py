@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..untrusted import printable
 from . import console
-from .console import complain
+from .console import PATH, complain
 
 if TYPE_CHECKING:
     from ..batch import Job, OpenJob, Outcome, State, Summary, Work
@@ -23,25 +23,49 @@ RecursiveOption = Annotated[
 ]
 
 
+ReportOption = Annotated[
+    Path | None, typer.Option(**PATH, help="Write a page about the run: pictures before and after, seconds, errors.")
+]
+
+
+def check_report(path: Path | None) -> None:
+    """Raise ValueError, before any work, for a report that could not be written."""
+    if path and (path.suffix.lower() not in (".html", ".htm") or path.is_dir()):
+        raise ValueError(f"--report {path} must end in .html")
+    if path and not path.parent.is_dir():
+        raise ValueError(f"--report {path}: folder {path.parent} does not exist; create it or choose another")
+
+
 def run_command(
-    jobs: Sequence[Job], folder: Path, work: Work, describe: Callable[[], dict] | None = None, dry_run: bool = False
+    jobs: Sequence[Job],
+    folder: Path,
+    work: Work,
+    describe: Callable[[], dict] | None = None,
+    dry_run: bool = False,
+    report: Path | None = None,
 ) -> None:
     """Run a command's jobs; exit with 1 if any failed or is left.
 
     Where the jobs go into `folder`, it is made, and its manifest says what is done already, unless `describe`,
-    which returns the run's settings, is None.
+    which returns the run's settings, is None. `report` is a page to be written about the run, also when it is
+    interrupted.
     """
-    from ..batch import open_manifest, run_jobs
+    from ..batch import Report, Together, open_manifest, run_jobs
 
+    check_report(report)
     if dry_run:
         raise typer.Exit(1 if _show_plans(jobs, work) else 0)
     with ExitStack() as held:
-        manifest = None
+        settings, manifest = describe() if describe else {}, None
         if describe and jobs[0].output != folder:
-            settings = describe()
             folder.mkdir(parents=True, exist_ok=True)
             manifest = held.enter_context(open_manifest(folder, settings, work.output.overwrite))
-        summary = run_jobs(jobs, work, Voice(len(jobs)), manifest)
+        listener = Voice(len(jobs))
+        if report:
+            page = Report(jobs, settings, manifest)
+            listener = Together(listener, page)
+            held.callback(page.write, report)
+        summary = run_jobs(jobs, work, listener, manifest)
     if summary.mistake:
         raise summary.mistake
     if summary.failed or summary.stopped:

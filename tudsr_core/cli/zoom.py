@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .batches import RecursiveOption, run_command
+from .batches import RecursiveOption, ReportOption, run_command
 from .console import (
     PATH,
     ColorFixOption,
@@ -84,6 +84,7 @@ def zoom(
     save_prompts: Annotated[bool, typer.Option(help="Write every tile's prompts beside the picture, as JSON.")] = False,
     suffix: FormatOption = None,
     recursive: RecursiveOption = False,
+    report: ReportOption = None,
     force: ForceOption = False,
     max_megapixels: MegapixelsOption = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan with its number of network calls and stop.")] = False,
@@ -109,7 +110,11 @@ def zoom(
     work = Work(upscaler_for, target, Output(overwrite=force, max_megapixels=max_megapixels))
     files = dict(model=model, tokenizer=tokenizer, tile_prompts=tile_prompts, dape=dape)
     words = given(prompt=prompt, quality_words=quality_words, negative=negative, dtype=dtype, format=suffix)
-    run_command(jobs, output, work, lambda: describe_run(files, options, target, work.output, **words), dry_run)
+
+    def describe() -> dict:
+        return describe_run(files, options, target, work.output, **words)
+
+    run_command(jobs, output, work, describe, dry_run, report)
 
 
 def _source(prompt: str | None, tile_prompts: Path | None, dape: Path | None, words: dict, device: Device):
