@@ -28,6 +28,7 @@ NODES = (
     ("tile_prompts", "ExtractTilePrompts TilePromptsFromStrings"),
     ("regions", "RegionConditioning"),
     ("images", "ColorFix"),
+    ("degrade", "DegradeImage"),
 )
 
 
