@@ -8,6 +8,8 @@ from .._lazy import public_names
 __all__, __getattr__ = public_names(
     __name__,
     dape="RAM_FILE TAGGER_FORMAT load_tagger write_tagger",
+    discriminator="Discriminator",
     embedded="AutoencoderDC UNet load_networks make_unet make_vae",
+    features="EXTRACTORS Features load_features",
     invsr="build_predictor",
 )
