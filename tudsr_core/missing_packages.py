@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-EXTRAS = {"transformers": "sd", "peft": "train", "skimage": "metrics", "sklearn": "metrics"}
+EXTRAS = {
+    "transformers": "sd",
+    "peft": "train",
+    "accelerate": "train",
+    "tomli": "train",
+    "skimage": "metrics",
+    "sklearn": "metrics",
+}
 PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 

@@ -44,6 +44,7 @@ from .console import (
     target_of,
 )
 from .files import add_file_commands
+from .training import add_training_commands
 from .zoom import add_zoom_command
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ app = typer.Typer(
 )
 add_file_commands(app)
 add_zoom_command(app)
+add_training_commands(app)
 
 
 ModelOption = Annotated[

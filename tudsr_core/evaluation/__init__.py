@@ -9,5 +9,5 @@ __all__, __getattr__ = public_names(
     __name__,
     filter_bank="bank_path fit_bank",
     measurement="compare evaluate_model example_path read_folder summary_rows",
-    metrics="psnr_y",
+    metrics="psnr_y seam_score",
 )

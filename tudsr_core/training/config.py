@@ -238,7 +238,7 @@ def read_config(path: Path, stage: int) -> TrainingConfig:
 
     Raises ConfigError for anything unknown, missing, of another kind or out of range.
     """
-    tables = _parse(path)
+    tables = parse_toml(path)
     where = str(path)
     kinds = {one.name: one.type for one in fields(TrainingConfig)}
     sections = get_type_hints(TrainingConfig)
@@ -256,7 +256,8 @@ def read_config(path: Path, stage: int) -> TrainingConfig:
     return _of_stage(TrainingConfig(**values), stage, path)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file; raises ConfigError."""
     try:
         import tomllib
     except ModuleNotFoundError:  # before Python 3.11
@@ -298,9 +299,7 @@ def _value(kind: Any, value: Any, where: str, folder: Path) -> Any:
         if not isinstance(value, list) or not (many or len(value) == len(inner)):
             raise ConfigError(f"{where} is {shown(value)}; it must be a list{'' if many else f' of {len(inner)}'}")
         return tuple(_value(inner[0], item, where, folder) for item in value)
-    if kind is Path:
-        return folder / Fields({"value": value}, where, ConfigError).text("value")
-    return _PLAIN[kind](value, where)
+    return folder / _text(value, where) if kind is Path else _PLAIN[kind](value, where)
 
 
 def _flag(value: Any, where: str) -> bool:
@@ -309,11 +308,16 @@ def _flag(value: Any, where: str) -> bool:
     return value
 
 
-def _reader(name: str) -> Callable[[Any, str], Any]:
-    return lambda value, where: getattr(Fields({"value": value}, where, ConfigError), name)("value")
+def _reader(kind: str) -> Callable[[Any, str], Any]:
+    def read(value: Any, where: str) -> Any:
+        place, _, name = where.rpartition(": ")
+        return getattr(Fields({name: value}, place, ConfigError), kind)(name)
+
+    return read
 
 
-_PLAIN = {bool: _flag, int: _reader("whole"), float: _reader("number"), str: _reader("text")}
+_text = _reader("text")
+_PLAIN = {bool: _flag, int: _reader("whole"), float: _reader("number"), str: _text}
 
 
 def _of_stage(config: TrainingConfig, stage: int, path: Path) -> TrainingConfig:
