@@ -87,8 +87,8 @@ def main() -> None:
         rows = take_turns(commands, args.repeat)
     sys.stdout.write(f"{STEPS} steps of {SIDE} x {SIDE} px, CFG 1, {os.cpu_count()} cores\n")
     for name, row in rows.items():
-        over = row["seconds"] / rows["plain"]["seconds"] - 1
-        seconds = f"{row['seconds']:6.1f} s ({over:+.0%})"
+        over = row["cpu"] / rows["plain"]["cpu"] - 1
+        seconds = f"{row['seconds']:6.1f} s, {row['cpu']:6.1f} CPU s ({over:+.0%})"
         sys.stdout.write(
             f"{name:9} {seconds}, sampling {math.ceil(row['mib'])} MiB, own weights {row['weights']:.0f} MiB\n"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from comfy_api.latest import io
@@ -129,7 +130,9 @@ def decode(exact: ExactVAE, z: Tensor, padded: Tensor, tiling: VAETiling) -> Ten
     return torch.cat([_decode_part(exact, latents, one, tiling, on_tile) for one, latents in parts])
 
 
-def _decode_part(exact, latents, pixels, tiling, on_tile) -> Tensor:
+def _decode_part(
+    exact: ExactVAE, latents: Tensor, pixels: Tensor, tiling: VAETiling, on_tile: Callable[[], None]
+) -> Tensor:
     """Return all the pictures that one picture's features are for; they are let go before the next one's are made."""
     features = exact.features(pixels, on_tile, tiling)
     shared = {level: [*maps] * len(latents) for level, maps in features.items()}

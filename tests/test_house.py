@@ -32,7 +32,7 @@ ROOMS = {
     "backends": "untrusted tiling diffusion vae methods weights models",
     "batch": "untrusted missing_packages atomic_write pictures methods",
     "evaluation": "assets pictures methods",
-    "training": "atomic_write pictures diffusion methods weights models evaluation",
+    "training": "untrusted atomic_write pictures diffusion methods weights models backends evaluation",
     "cli": "untrusted missing_packages pictures diffusion prompts methods weights models backends batch evaluation "
     "training",
     "__main__": "missing_packages cli",

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-EXTRAS = {"transformers": "sd", "peft": "train", "skimage": "metrics", "sklearn": "metrics"}
+EXTRAS = {
+    "transformers": "sd",
+    "peft": "train",
+    "accelerate": "train",
+    "tomli": "train",
+    "skimage": "metrics",
+    "sklearn": "metrics",
+}
+BY_ITSELF = {"pyiqa"}  # in no extra: its licence is non-commercial
 PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
@@ -12,4 +20,5 @@ def needs(error: ImportError) -> str:
     if top in ("", "tudsr_core"):
         raise error
     broken = "" if isinstance(error, ModuleNotFoundError) else f", which cannot be imported ({error})"
-    return f"needs {PACKAGES.get(top, top)}{broken}; run: pip install 'comfyui-tudsr[{EXTRAS.get(top, 'cli')}]'"
+    install = top if top in BY_ITSELF else f"'comfyui-tudsr[{EXTRAS.get(top, 'cli')}]'"
+    return f"needs {PACKAGES.get(top, top)}{broken}; run: pip install {install}"

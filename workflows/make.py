@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / "tests" / "nodes"), str(HERE.parent / "tests"), str(HERE.parent)]
 
 import numpy as np
 import sd_stand_in
@@ -94,7 +94,7 @@ The network sees the low-resolution picture at every step, so it keeps to it whi
 2. `models/tudsr`: **stablesr_000117.ckpt** and **vqgan_cfw_00011.ckpt**
    (StableSR's page on Hugging Face; non-commercial licence)
 
-- **steps**: 200 are the authors', 50 look much the same
+- **steps**: 200 are the authors', 50 are four times faster
 - **w**: 0 is what the model drew, 1 keeps closest to the picture
 - *Apply StableSR* says how many tiles a picture takes""",
     "11-stablesr-768v": """## StableSR on SD2.1 (768)

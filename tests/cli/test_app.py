@@ -389,3 +389,18 @@ def test_a_name_that_the_console_cannot_show_is_still_done(photo, tmp_path, enco
     assert size(made / odd.name) == (56, 40)
     assert r"\u5199\u771f" in done.stdout and "56 x 40 written" in done.stdout
     assert r"\u7121.png" in done.stderr and "Traceback" not in done.stderr and done.returncode == 1
+
+
+def test_evaluate_measures_a_folder_and_writes_sheets(tmp_path):
+    folder = tmp_path / "sharp"
+    folder.mkdir()
+    y, x = np.mgrid[0:48, 0:64]
+    Image.fromarray(np.dstack([np.sin(x / 3) * 90 + 120, np.cos(y / 4) * 80 + 120, x + y]).astype(np.uint8)).save(
+        folder / "waves.png"
+    )
+    done = tudsr("evaluate", folder, "--sheets", tmp_path / "sheets")
+    assert done.returncode == 0, done.stderr
+    assert "seams" in done.stdout and done.stdout.count("│ ours") == 8
+    names = sorted(path.name for path in (tmp_path / "sheets").iterdir())
+    assert names == [f"waves {kind} x{factor}.png" for kind in ("clean", "mild") for factor in (4, 8)]
+    assert size(tmp_path / "sheets" / names[0]) == (48 * 3 + 16, 48)

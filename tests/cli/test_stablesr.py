@@ -92,6 +92,17 @@ def test_the_library_gives_the_commands_picture(files, tmp_path):
     assert networks.facts.weight_bytes > sum(p.nbytes for p in networks.backbone.unet.parameters())
 
 
+def test_inspect_says_what_the_files_are(files, tmp_path):
+    torch.save({"state_dict": random_tensors()}, tmp_path / "webui_768v_139.ckpt")
+    for path, says in (
+        (files / "stablesr.safetensors", ("StableSR: encoder and feature transforms", "does not say", "376 tensors")),
+        (tmp_path / "webui_768v_139.ckpt", ("SD2.1 (768, v prediction)", "S-Lab 1.0 (non-commercial)")),
+        (files / "vqgan_cfw_00011.ckpt", ("CFW", "156 tensors")),
+    ):
+        done = tudsr("inspect", path)
+        assert done.returncode == 0 and all(word in done.stdout for word in says), (done.stdout, done.stderr)
+
+
 def test_files_of_other_models_are_refused(files, tmp_path):
     save_file(random_tensors("stand-in"), tmp_path / "wide.safetensors")
     with pytest.raises(CheckpointError, match="does not fit the UNet"):

@@ -109,5 +109,6 @@ def test_the_embedded_model_is_useful(embedded):
         assert min(gains(case)) >= worst, case
     assert mean(gains("clean x4", "filter bank")) > 0.1
     rows = summary_rows(scores)
+    assert {len(row) for row in rows} == {2 + 5 + 4} and {row[-1] for row in rows} == {"-"}  # no tile is smaller
     assert len(rows) == 2 * 5 + 2 * 6
     assert rows[0][:2] == ["clean x4", "bicubic"]

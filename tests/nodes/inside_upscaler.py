@@ -24,6 +24,7 @@ import comfy.model_base
 import comfy.model_management
 import comfy.sampler_helpers
 import comfy.utils
+import numpy as np
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -259,6 +260,16 @@ def check_plan_shows_the_tiles_of_the_methods_own_script():
         assert "this model has no published tiles" in str(error)
     else:
         raise AssertionError("accepted")
+
+
+def check_degrading_is_the_librarys_and_counts_the_seed_up():
+    module, image = part("tudsr_core.pictures.real_esrgan"), picture(2, 40, 64, 4)
+    made, what = NODES["TUDSRDegradeImage"].execute(image, "omgsr", 4.0, 7, False).args
+    drawn = module.sample_degradation(np.random.default_rng(8), module.RECIPES["omgsr"], 4)
+    assert made.shape == (2, 10, 16, 3) and what.splitlines()[1] == drawn.describe()
+    assert torch.equal(made[1:], module.degrade(image[1:, ..., :3].movedim(-1, 1), drawn).movedim(1, -1))
+    large = NODES["TUDSRDegradeImage"].execute(image, "omgsr", 4.0, 7, True).args[0]
+    assert large.shape == (2, 40, 64, 3) and large.min() >= 0 and large.max() <= 1
 
 
 def check_memory_is_estimated_for_all_tiles_at_once():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -45,7 +46,11 @@ from .console import (
 )
 from .files import add_file_commands
 from .stablesr import CFWOption, GuidanceOption, NegativeOption, StableSROption, stablesr_upscaler
+from .training import add_training_commands
 from .zoom import add_zoom_command
+
+if TYPE_CHECKING:
+    from ..evaluation import Result
 
 app = typer.Typer(
     help="Diffusion super-resolution in two one-step stages (TUDSR).",
@@ -54,6 +59,7 @@ app = typer.Typer(
 )
 add_file_commands(app)
 add_zoom_command(app)
+add_training_commands(app)
 
 
 ModelOption = Annotated[
@@ -282,21 +288,56 @@ def evaluate(
     stage_two: StageTwo = None,
     device: DeviceOption = Device.auto,
     dtype: PrecisionOption = Precision.fp32,
+    perceptual: Annotated[
+        str | None,
+        typer.Option(
+            help="Metrics of pyiqa as well, such as lpips,musiq, or 'all'; most fetch weights the first time."
+        ),
+    ] = None,
+    sheets: Annotated[
+        Path | None, typer.Option(**PATH, help="Folder for a comparison of every picture: nearest | bicubic | ours.")
+    ] = None,
 ) -> None:
-    """Measure PSNR-Y and SSIM against bicubic, Lanczos and a filter bank, at x4 and x8."""
-    from ..evaluation import evaluate_model, read_folder, summary_rows
+    """Measure PSNR-Y, SSIM and seams against bicubic, Lanczos and a filter bank, at x4 and x8."""
+    from ..backends import pick_device
+    from ..evaluation import Perceptual, evaluate_model, perceptual_rows, read_folder, summary_rows
     from ..training import read_held_out
 
+    measured = Perceptual(perceptual, str(pick_device(device.value))) if perceptual else None
     pictures = read_folder(folder) if folder else read_held_out()
     networks = _load(model, stage_one, stage_two, device, dtype)
+
+    def watch(result: Result) -> None:
+        if measured:
+            measured.add(result)
+        if sheets and result.method == "ours":
+            _write_sheet(sheets, result)
+
     with err.status("measuring"):
-        scores = evaluate_model(networks, pictures)
-    table = Table(title="PSNR-Y in dB / SSIM; gain and worst are over Lanczos", title_justify="left")
-    for index, head in enumerate(("case", "method", *pictures, "mean", "gain", "worst")):
+        scores = evaluate_model(networks, pictures, watch=watch)
+    heads = ("case", "method", *pictures, "mean", "gain", "worst", "seams")
+    title = "PSNR-Y in dB / SSIM; gain and worst are over Lanczos; seams: edges at our tiles' borders over all others"
+    _print_table(title, heads, summary_rows(scores), 16 * (len(pictures) + 1))
+    if measured:
+        _print_table("Perceptual metrics", *perceptual_rows(measured), 10 * len(measured.names))
+
+
+def _write_sheet(folder: Path, result: Result) -> None:
+    from ..evaluation import compare
+    from ..pictures import Picture, write_picture
+
+    folder.mkdir(parents=True, exist_ok=True)
+    panels = compare(result.small, result.made)
+    write_picture(folder / f"{result.name} {result.case}.png", Picture(panels), overwrite=True)
+
+
+def _print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> None:
+    table = Table(title=title, title_justify="left")
+    for index, head in enumerate(heads):
         table.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
-    for row in summary_rows(scores):
+    for row in rows:
         table.add_row(*row)
-    Console(width=max(out.width, 62 + 16 * (len(pictures) + 1)), highlight=False).print(table)
+    Console(width=max(out.width, 72 + width), highlight=False).print(table)
 
 
 def main() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from ..backends import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from ..diffusion import OneStep
-from ..models import TAGGER_FORMAT, load_tagger
+from ..models import TAGGER_FORMAT, load_stablesr, load_tagger, load_wrapping
 from ..weights import (
     MODEL_FORMAT,
     OWN_TITLE,
@@ -83,6 +85,8 @@ def _single(path: Path) -> Lines:
         keys = list(file.keys())
     else:
         keys = [key for key, _ in stream(path)] if path.is_file() else []
+    if lines := _stablesr(path, keys):
+        return lines
     if any(key.startswith((UNET_PREFIX, VAE_PREFIX)) for key in keys):
         return _base_file(path, keys)
     title, adapter = identify(path)
@@ -90,6 +94,23 @@ def _single(path: Path) -> Lines:
     if adapter.method == "tudsr" and title != OWN_TITLE:
         lines.append(("note", "it does not say whose it is: TUDSR is assumed, give --method omgsr for OMGSR's"))
     return lines
+
+
+def _stablesr(path: Path, keys: list[str]) -> Lines:
+    """Return what is said of StableSR's files, nothing of others."""
+    if any(key.startswith("structcond_stage_model.") for key in keys):
+        network = load_stablesr(path)
+        trained = {"epsilon": "SD2.1-base (512)", "v_prediction": "SD2.1 (768, v prediction)"}
+        base = trained.get(network.prediction, "SD2.1, which of them it does not say")
+        return [("kind", "StableSR: encoder and feature transforms"), ("base model", base), _size(network)]
+    if any(".fusion_layer_1." in f".{key}" for key in keys):
+        return [("kind", "StableSR's CFW, for the decoder of SD2.1"), _size(load_wrapping(path))]
+    return []
+
+
+def _size(network: nn.Module) -> tuple[str, str]:
+    weights = list(network.parameters())
+    return "weights", f"{len(weights)} tensors, {sum(one.numel() for one in weights) / 1e6:.1f} M parameters"
 
 
 def _base_file(path: Path, keys: list[str]) -> Lines:

@@ -8,6 +8,7 @@ from .._lazy import public_names
 __all__, __getattr__ = public_names(
     __name__,
     filter_bank="bank_path fit_bank",
-    measurement="compare evaluate_model example_path read_folder summary_rows",
-    metrics="psnr_y",
+    measurement="Result compare evaluate_model example_path read_folder summary_rows",
+    metrics="psnr_y seam_score",
+    perceptual="PERCEPTUAL Perceptual perceptual_rows",
 )

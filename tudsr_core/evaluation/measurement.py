@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,31 @@ from PIL import Image
 from torch import Tensor
 
 from ..assets import asset_path
-from ..methods import Target, TwoStageModel, UpscaleOptions, upscale
+from ..methods import Target, TwoStageModel, UpscaleOptions, plan_for, upscale
 from ..pictures import PictureError, clean, mild, pictures_in, read_picture, resize
 from . import filter_bank
-from .metrics import psnr_y, ssim_y
+from .metrics import psnr_y, seam_score, ssim_y
 
 CROP = 16  # sides are cut to a multiple of it, so that x8 of the shrunk picture is the same size
-Scores = dict[tuple[str, str], dict[str, tuple[float, float]]]
-"""`{(case, method): {picture: (PSNR-Y, SSIM)}}`."""
+Scores = dict[tuple[str, str], dict[str, tuple[float, float, float | None]]]
+"""`{(case, method): {picture: (PSNR-Y, SSIM, seams)}}`; seams is None where our picture has no tile borders."""
+
+Watch = Callable[["Result"], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One picture, `made` by `method` of `small` in a `case` such as "clean x4".
+
+    `small` is `1 3 h w`; `made` and the truth `sharp` are `1 3 H W`, all 0..1.
+    """
+
+    case: str
+    method: str
+    name: str
+    small: Tensor
+    made: Tensor
+    sharp: Tensor
 
 
 def example_path() -> Path:
@@ -44,21 +62,42 @@ def lanczos(small: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def evaluate_model(
-    model: TwoStageModel, pictures: dict[str, Tensor], cases: tuple[str, ...] = ("clean", "mild")
+    model: TwoStageModel,
+    pictures: dict[str, Tensor],
+    cases: tuple[str, ...] = ("clean", "mild"),
+    watch: Watch = lambda result: None,
 ) -> Scores:
-    """Measure `model` on sharp `pictures` shrunk by 4 and by 8, clean and mildly degraded."""
+    """Measure `model` on sharp `pictures` shrunk by 4 and by 8, clean and mildly degraded.
+
+    Seams are measured where our own tiles begin and end, in the pictures of all methods: what a picture
+    itself has there can be told from what tiling added. `watch` sees every result.
+    """
     scores: Scores = {}
     for kind in cases:
         for factor in (4, 8):
             for name, picture in pictures.items():
                 sharp = picture[None, :, : picture.shape[-2] // CROP * CROP, : picture.shape[-1] // CROP * CROP]
                 small = {"clean": clean, "mild": mild}[kind](sharp, factor)
+                borders = tile_borders(model, tuple(small.shape[-2:]), factor)
                 for method, enlarge in _methods(model, factor).items():
                     made = enlarge(small, tuple(sharp.shape[-2:])).clamp(0, 1)
                     made = (made * 255).round() / 255
+                    seams = seam_score(made, *borders) if any(borders) else None
                     case = scores.setdefault((f"{kind} x{factor}", method), {})
-                    case[name] = psnr_y(made, sharp), ssim_y(made, sharp)
+                    case[name] = psnr_y(made, sharp), ssim_y(made, sharp), seams
+                    watch(Result(f"{kind} x{factor}", method, name, small, made, sharp))
     return scores
+
+
+def tile_borders(model: TwoStageModel, source: tuple[int, int], factor: float) -> tuple[list[int], list[int]]:
+    """Return the rows and columns of the result at which a tile of the last stage begins or ends."""
+    stage = plan_for(model, source, Target(scale=factor), UpscaleOptions()).stages[-1]
+    tiles, scale = stage.tiles, (model.second or model.first).networks.facts.latent_scale
+    axes = ((tiles.tops, tiles.tile_height, stage.size[0]), (tiles.lefts, tiles.tile_width, stage.size[1]))
+    return tuple(
+        sorted({edge * scale for start in starts for edge in (start, start + side) if 0 < edge * scale < length})
+        for starts, side, length in axes
+    )
 
 
 def _methods(model: TwoStageModel, factor: int) -> dict[str, Callable[[Tensor, tuple[int, int]], Tensor]]:
@@ -95,13 +134,15 @@ def compare(small: Tensor, ours: Tensor, crop: int = 480) -> Tensor:
 
 
 def summary_rows(scores: Scores) -> list[list[str]]:
-    """Return table rows: case, method, one cell per picture, mean, mean gain and worst gain over Lanczos."""
+    """Return table rows: case, method, one cell per picture, mean, mean and worst gain over Lanczos, mean seams."""
     rows = []
     for (case, method), cells in scores.items():
         reference = scores[case, "lanczos"]
         gains = [cells[name][0] - reference[name][0] for name in cells]
         psnr, ssim = (sum(cell[i] for cell in cells.values()) / len(cells) for i in (0, 1))
-        shown = [f"{value:.2f}/{similarity:.3f}" for value, similarity in cells.values()]
+        shown = [f"{value:.2f}/{similarity:.3f}" for value, similarity, _ in cells.values()]
         gain = f"{sum(gains) / len(gains):+.2f}"
-        rows.append([case, method, *shown, f"{psnr:.2f}/{ssim:.4f}", gain, f"{min(gains):+.2f}"])
+        seams = [seam for _, _, seam in cells.values() if seam is not None]
+        seen = f"{sum(seams) / len(seams):.3f}" if seams else "-"
+        rows.append([case, method, *shown, f"{psnr:.2f}/{ssim:.4f}", gain, f"{min(gains):+.2f}", seen])
     return rows

@@ -1,4 +1,4 @@
-"""Training: data, and the loop that made the embedded model.
+"""Training: data, losses, the loops of both stages with their checkpoints and exports, and the embedded model's own.
 
 Must not know: the command line, ComfyUI.
 """
@@ -7,5 +7,9 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
+    config="DataConfig ModelConfig RunConfig TrainingConfig read_config",
     data="read_held_out",
+    session="train",
+    timestep="estimate_timestep",
+    trainer="TrainingError",
 )

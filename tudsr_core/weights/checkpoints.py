@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -181,10 +181,13 @@ def _fill_in(path: Path, adapter: Adapter, method: str | None, stage: int | None
     return replace(adapter, stage=adapter.stage or stage)
 
 
-def write_adapter(path: Path, adapter: Adapter, dtype: str | None = None) -> None:
+def write_adapter(
+    path: Path, adapter: Adapter, dtype: str | None = None, notes: Mapping[str, str] | None = None
+) -> None:
     """Write `adapter` as one safetensors file with its metadata, atomically.
 
-    `dtype` (`fp32`, `bf16`, `fp16`) converts the weights; None keeps theirs.
+    `dtype` (`fp32`, `bf16`, `fp16`) converts the weights; None keeps theirs. `notes` are kept in the
+    metadata for people, such as how it was trained; reading does not look at them.
     """
     convert: Callable[[Tensor], Tensor] = (lambda x: x.to(DTYPES[dtype])) if dtype else (lambda x: x)
     tensors, said = {}, {}
@@ -203,7 +206,7 @@ def write_adapter(path: Path, adapter: Adapter, dtype: str | None = None) -> Non
     stage = {} if adapter.stage is None else {"stage": str(adapter.stage)}
     targets = {"targets": json.dumps(said)} if said else {}
     about = {"format": ADAPTER_FORMATS[-1], "name": adapter.name, "method": adapter.method, "base": adapter.about.base}
-    write_file(path, tensors, {**about, **steps, **stage, **targets})
+    write_file(path, tensors, {**(notes or {}), **about, **steps, **stage, **targets})
 
 
 def _read_own(file: TensorFile) -> Adapter:
