@@ -10,6 +10,7 @@ from .._lazy import public_names
 __all__, __getattr__ = public_names(
     __name__,
     folders="pictures_under plan_jobs",
+    hot_folder="HotFolder",
     jobs="Job OpenJob Output Work open_job",
     manifest="MANIFEST Manifest State open_manifest",
     pipeline="Listener Outcome Summary Together explain run_jobs",

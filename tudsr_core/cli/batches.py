@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,6 +71,32 @@ def run_command(
         raise summary.mistake
     if summary.failed or summary.stopped:
         raise typer.Exit(1)
+
+
+def watch_command(
+    arrived: Callable[[], Sequence[Job]],
+    folder: Path,
+    work: Work,
+    describe: Callable[[], dict],
+    pause: float,
+) -> None:
+    """Run what `arrived` gives, again every `pause` seconds, until Ctrl-C; exit with 1 where a disk is full."""
+    from ..batch import open_manifest, run_jobs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_manifest(folder, describe(), work.output.overwrite) as manifest:
+        console.out.print(f"watching; results go into {printable(folder)}; Ctrl-C ends it", markup=False)
+        try:
+            while True:
+                if jobs := arrived():
+                    summary = run_jobs(jobs, work, Voice(len(jobs)), manifest)
+                    if summary.mistake:
+                        raise summary.mistake
+                    if summary.stopped:
+                        raise typer.Exit(1)
+                time.sleep(pause)
+        except KeyboardInterrupt:
+            console.out.print("stopped; what was computed is written")
 
 
 def _show_plans(jobs: Sequence[Job], work: Work) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from enum import Enum
 from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,9 +100,29 @@ def one_line_errors(command):
     return wrapped
 
 
+def with_options_of(other: Callable[..., object]) -> Callable[[Callable], Callable]:
+    """Give a command that takes `**options` the options of the function `other`, before its own keyword-only ones."""
+
+    def decorate(command: Callable) -> Callable:
+        own = [p for p in signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [p.replace(kind=p.KEYWORD_ONLY) for p in signature(other, eval_str=True).parameters.values()]
+        first = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+        parameters = [*first, *options, *own[len(first) :]]
+        command.__signature__ = Signature(parameters)
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
 def given(**values: object) -> dict[str, object]:
     """Return the options that were given, enumerations by their names."""
     return {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
+
+
+def ending(suffix: Suffix | None) -> str | None:
+    """Return the ending of files of a chosen type."""
+    return f".{suffix.value}" if suffix else None
 
 
 def target_of(scale: float | None, width: int | None, height: int | None, long_edge: int | None) -> Target:

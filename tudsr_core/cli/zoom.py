@@ -28,6 +28,7 @@ from .console import (
     ScaleOption,
     WidthOption,
     WindowOption,
+    ending,
     given,
     one_line_errors,
     target_of,
@@ -98,7 +99,7 @@ def zoom(
     chosen = given(tile_px=tile, overlap_px=overlap, spacing=spacing, seed=seed, start=start, color_fix=color_fix)
     options = ZoomOptions(**chosen, sample=SampleOptions(**how))
     target = target_of(scale, width, height, long_edge)
-    jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None, recursive)
+    jobs = plan_jobs(inputs, output, ending(suffix), recursive)
     source = _source(prompt, tile_prompts, dape, given(suffix=quality_words, negative=negative), device)
     networks = load_sd2(model, device.value, dtype.value, tokenizer)
     if save_prompts:
