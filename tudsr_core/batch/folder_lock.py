@@ -34,6 +34,6 @@ def hold(file: BinaryIO, folder: Path) -> None:
     except OSError as error:
         if error.errno in HELD:
             raise PictureError(
-                f"another run is writing into {folder}; wait until it has ended, or choose another folder with -o"
+                f"another run is writing into {folder}; wait until it has ended, or choose another folder"
             ) from error
         log.warning("%s cannot be locked (%s); start no second run into it", folder, error.strerror)

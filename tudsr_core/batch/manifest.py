@@ -215,7 +215,7 @@ def open_manifest(folder: Path, settings: Settings, force: bool = False) -> Iter
     """
     path = folder / MANIFEST
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise PictureError(f"{path} is no file of a run; move it away, or choose another folder with -o")
+        raise PictureError(f"{path} is no file of a run; move it away, or choose another folder")
     with path.open("ab", buffering=0) as file:
         hold(file, folder)
         history = read_history(path)
@@ -227,8 +227,8 @@ def open_manifest(folder: Path, settings: Settings, force: bool = False) -> Iter
             manifest.begin(settings)
         elif changed := differences(history.settings, settings):
             raise PictureError(
-                f"the pictures in {folder} were made with other settings ({changed}); choose another folder with -o, "
-                "or make them all again with --force"
+                f"the pictures in {folder} were made with other settings ({changed}); choose another folder for the "
+                "results, or make them all again (tudsr: --force, ComfyUI: replace)"
             )
         yield manifest
 

@@ -113,18 +113,32 @@ class _Item:
     read: Future[tuple[Facts, Picture, float]]
 
 
-def run_jobs(jobs: Sequence[Job], work: Work, listener: Listener, manifest: Manifest | None = None) -> Summary:
+def run_jobs(
+    jobs: Sequence[Job],
+    work: Work,
+    listener: Listener,
+    manifest: Manifest | None = None,
+    cancels: tuple[type[BaseException], ...] = (),
+) -> Summary:
     """Read, compute and write every job that is not done; returns what became of them.
 
-    Without a manifest nothing counts as done. Interrupts (KeyboardInterrupt and whatever is no Exception) end the
-    run at once; a result that is computed is written before they go on.
+    Without a manifest nothing counts as done. KeyboardInterrupt, whatever else is no Exception, and `cancels` end
+    the run at once; a result that is computed is written before they go on.
     """
-    return _Run(jobs, work, listener, manifest).run()
+    return _Run(jobs, work, listener, manifest, cancels).run()
 
 
 class _Run:
-    def __init__(self, jobs: Sequence[Job], work: Work, listener: Listener, manifest: Manifest | None) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        work: Work,
+        listener: Listener,
+        manifest: Manifest | None,
+        cancels: tuple[type[BaseException], ...],
+    ) -> None:
         self.jobs, self.work, self.listener, self.manifest = jobs, work, listener, manifest
+        self.cancels = cancels
         self.summary = Summary(len(jobs))
         self.readers, self.writers = ThreadPoolExecutor(1, "reading"), ThreadPoolExecutor(1, "writing")
         self.writing: tuple[_Item, OpenJob, Picture, Future[float]] | None = None
@@ -180,6 +194,8 @@ class _Run:
             upscaler = self.work.upscaler_for(item.job)
             opened = plan_job(item.job, picture, upscaler, self.work.target, item.output)
             result = compute(opened, upscaler, self.listener.begins(item.number, opened))
+        except self.cancels:
+            raise
         except Exception as error:
             self._fail(item, error)
             return
