@@ -30,7 +30,7 @@ ROOMS = {
     "weights": "untrusted atomic_write assets diffusion methods",
     "models": "untrusted weights",
     "backends": "untrusted tiling diffusion vae methods weights models",
-    "batch": "untrusted missing_packages atomic_write pictures methods",
+    "batch": "untrusted missing_packages atomic_write pictures tiling methods",
     "evaluation": "assets pictures methods",
     "training": "untrusted atomic_write pictures diffusion methods weights models backends evaluation",
     "cli": "untrusted missing_packages pictures diffusion prompts methods weights models backends batch evaluation "
