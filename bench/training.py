@@ -1,6 +1,6 @@
 """A few training steps of both stages with random weights of Stable Diffusion 2.1-base's size: seconds and memory.
 
-    python bench/training.py FOLDER [--size 128] [--steps 3]
+    python bench/training.py FOLDER [--size 128] [--steps 3] [--base-precision fp32]
 
 Writes weights of 2.3 GiB into FOLDER once: base model, DINOv3 ViT-B/16 and VGG16. The text tower has one layer, since
 its words are computed once; everything else has its published shape.
@@ -50,6 +50,7 @@ steps = {steps}
 accumulation = 1
 [run]
 precision = "fp32"
+base_precision = "{base_precision}"
 tensorboard = false
 """
 
@@ -72,9 +73,9 @@ def write_weights(folder: Path) -> None:
     Image.fromarray(noise).resize((1280, 1280), Image.Resampling.BICUBIC).save(folder / "photos" / "noise.png")
 
 
-def run(folder: Path, stage: int, size: int, steps: int) -> None:
-    """Train `steps` steps, save the adapter for stage two, and print one JSON line of figures."""
-    text = SETTINGS.format(stage=stage, adapter="adapter" if stage == 2 else "", size=size, steps=steps)
+def run(folder: Path, stage: int, **settings: object) -> None:
+    """Train as `settings` say, save the adapter for stage two, and print one JSON line of figures."""
+    text = SETTINGS.format(stage=stage, adapter="adapter" if stage == 2 else "", **settings)
     (folder / f"stage-{stage}.toml").write_text(text, encoding="utf-8")
     began = time.monotonic()
     trainer = Trainer(read_config(folder / f"stage-{stage}.toml", stage), stage)
@@ -90,6 +91,7 @@ def run(folder: Path, stage: int, size: int, steps: int) -> None:
         trainer.network.unet.save_pretrained(folder / "adapter" / "unet_lora_adapter")
     figures = {
         "stage": stage,
+        **settings,
         "trained": sum(p.numel() for p in trainer.parameters.values()),
         "heads": sum(p.numel() for p in trainer.critic_module.heads.parameters()),
         "load_s": round(loaded, 1),
@@ -107,16 +109,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--base-precision", default="fp32", help="of the frozen weights: fp32 or bf16")
     parser.add_argument("--stage", type=int, help="one stage alone, in this process")
     args = parser.parse_args()
     if not (args.folder / "photos").exists():
         write_weights(args.folder)
     if args.stage:
-        run(args.folder, args.stage, args.size, args.steps)
+        run(args.folder, args.stage, size=args.size, steps=args.steps, base_precision=args.base_precision)
         return
     for stage in ("1", "2"):
-        command = [sys.executable, __file__, str(args.folder), "--size", str(args.size), "--steps", str(args.steps)]
-        subprocess.run([*command, "--stage", stage], check=True)
+        subprocess.run([sys.executable, *sys.argv, "--stage", stage], check=True)
 
 
 if __name__ == "__main__":
