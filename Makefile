@@ -13,7 +13,7 @@ demo: .venv/.demo
 test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

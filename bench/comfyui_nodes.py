@@ -8,20 +8,14 @@ Decode Tiled, 512 px, overlap 64) and `ours` (TUDSR Stage One), over the same we
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
-PACK = Path(__file__).parent.parent
+from comfyui_pack import load_pack, use_comfyui
+
 METHOD, COMFYUI, WEIGHTS, INPUT, OUT = sys.argv[1:]
-sys.argv = sys.argv[:1]
-sys.path.insert(0, COMFYUI)
-
-import comfy.cli_args
-
-comfy.cli_args.args.cpu = True
+use_comfyui(COMFYUI)
 
 import comfy.sample
 import comfy.samplers
@@ -33,16 +27,6 @@ from harness import measure
 import nodes
 
 TIMESTEP = 200
-
-
-def load_pack() -> dict:
-    """Return our node classes by id, loaded the way ComfyUI does."""
-    spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pack"] = module
-    spec.loader.exec_module(module)
-    listed = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
-    return {node.GET_SCHEMA().node_id: node for node in listed}
 
 
 def stock(method: str, image: torch.Tensor, model, vae, text: list) -> torch.Tensor:

@@ -21,6 +21,7 @@ NODES = (
     ("plan", "Plan"),
     ("one_step", "OneStepSigmas OneStepLatent"),
     ("multidiffusion", "MultiDiffusion"),
+    ("stablesr", "LoadStableSR ApplyStableSR StableSRSigmas"),
     ("vae", "VAEEncode VAEDecode"),
     ("tile_plan", "PlanTiles TileImages"),
     ("clip_tags", "ClipTags"),
@@ -28,6 +29,7 @@ NODES = (
     ("tile_prompts", "ExtractTilePrompts TilePromptsFromStrings"),
     ("regions", "RegionConditioning"),
     ("images", "ColorFix"),
+    ("cfw", "LoadCFW CFWDecode"),
     ("degrade", "DegradeImage"),
 )
 

@@ -21,6 +21,7 @@ TILE_BATCH_SAYS = "A CPU computes one at a time. The picture does not depend on 
 
 TilePlanType = io.Custom("TILE_PLAN")
 PrompterType = io.Custom("TILE_PROMPTER")
+CFWType = io.Custom("CFW")
 
 
 def float_input(name: str, default: float, tooltip: str, most: float, least: float = 0.0, **more: Any) -> io.Input:
@@ -108,16 +109,21 @@ def source_inputs(picture: str, model: str, word: str) -> list[io.Input]:
     ]
 
 
+def color_fix_input() -> io.Input:
+    """Return how a result's colours follow its source."""
+    return io.Combo.Input(
+        "color_fix",
+        options=list(COLOR_FIXES),
+        default=DEFAULTS.color_fix,
+        tooltip="How colours follow the input. wavelet is safest; none shows the bare model.",
+    )
+
+
 def shared_inputs() -> list[io.Input]:
     """Return the options that all upscalers have, after their own inputs."""
     return [
         *tile_inputs(),
-        io.Combo.Input(
-            "color_fix",
-            options=list(COLOR_FIXES),
-            default=DEFAULTS.color_fix,
-            tooltip="How colours follow the input. wavelet is safest; none shows the bare model.",
-        ),
+        color_fix_input(),
         switch_input(
             "sample_posterior",
             DEFAULTS.sample_posterior,

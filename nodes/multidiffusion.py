@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import comfy.patcher_extension
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..tudsr_core.prompts import TilePrompts
 from ..tudsr_core.tiling import Tile, TileBlender, TilePlan, Window, fit_overlap, plan_tiles
-from .host.conditions import HintCache, crop_conds, is_spatial
+from .host.conditions import HintCache, crop_conds, is_placed, is_spatial, merge_conds
 from .host.networks import batches_tiles, estimate_memory_for, pixels_per_latent
 from .host.tile_texts import TileTexts
 from .inputs import CATEGORY, TILE_BATCH_SAYS, sampling_tile_inputs, switch_input, tile_inputs, tile_prompt_inputs
@@ -59,7 +61,7 @@ class TiledPrediction:
             plan = self._shifted(plan, float(timestep[0]))
         spatial = is_spatial(conds, x_in.shape)
         blenders = [TileBlender(plan, self.window) for _ in conds]
-        for tiles in plan.batches(1 if spatial or not batches_tiles(x_in) else self.batch):
+        for tiles in plan.batches(1 if is_placed(conds) or not batches_tiles(x_in) else self.batch):
             for group, cut in self._conditions(conds, tiles, x_in, spatial):
                 parts = torch.cat([tile.cut(x_in) for tile in group])
                 results = executor(model, cut, parts, timestep.repeat(len(group)), model_options)
@@ -72,14 +74,18 @@ class TiledPrediction:
         self, conds: list, tiles: list[Tile], x_in: Tensor, spatial: bool
     ) -> Iterator[tuple[list[Tile], list]]:
         """Yield tiles that can run as one call, and the conditions for it."""
-        if self.texts:
-            picked = [entries and self.texts.pick(entries, tiles, len(x_in)) for entries in conds]
-            if any(entries and one is None for entries, one in zip(conds, picked, strict=True)):
-                for tile in tiles:
-                    yield from self._conditions(conds, [tile], x_in, spatial)
-                return
-            conds = picked
-        yield tiles, [crop_conds(entries, tiles[0], x_in, self.hints) for entries in conds] if spatial else conds
+        own = [[self._of_tile(entries, tile, x_in, spatial) for tile in tiles] for entries in conds]
+        merged = [merge_conds(lists, len(x_in)) for lists in own]
+        if len(tiles) > 1 and any(one is None and lists[0] is not None for one, lists in zip(merged, own, strict=True)):
+            for tile in tiles:
+                yield from self._conditions(conds, [tile], x_in, spatial)
+            return
+        yield tiles, merged
+
+    def _of_tile(self, entries: list[dict] | None, tile: Tile, x_in: Tensor, spatial: bool) -> list[dict] | None:
+        if entries and self.texts:
+            entries = self.texts.pick(entries, tile)
+        return crop_conds(entries, tile, x_in, self.hints) if spatial else entries
 
     def _shifted(self, plan: TilePlan, sigma: float) -> TilePlan:
         """Move all inner tiles by one offset that keeps every point covered; the outer ones stay flush."""
@@ -118,6 +124,33 @@ def refuse_what_has_no_tiles(x: Tensor, model_options: dict) -> None:
                     f"this MODEL carries a control picture ({type(patch).__name__}) that MultiDiffusion (Tiled) cannot "
                     "cut: every tile would see all of it; use a ControlNet on the CONDITIONING instead"
                 )
+
+
+def in_tiles(
+    model: Any,
+    tile: int,
+    overlap: int,
+    tile_batch: int,
+    window: Window,
+    jitter: bool = False,
+    tile_prompts: TilePrompts | None = None,
+    clip: Any = None,
+) -> Any:
+    """Return a clone of MODEL that predicts in tiles, its own or those of `tile_prompts`; sides in pixels."""
+    overlap = fit_overlap(tile, overlap)
+    scale = pixels_per_latent(model)
+    texts, size = None, (tile // scale, tile // scale)
+    if tile_prompts is not None:
+        texts = TileTexts(clip, tile_prompts)
+        size = tile_prompts.plan.tile_height, tile_prompts.plan.tile_width
+    tiled = TiledPrediction(tile // scale, overlap // scale, tile_batch, window, jitter, texts)
+    clone = model.clone()
+    wrappers = comfy.patcher_extension.WrappersMP
+    for kind, wrapper in ((wrappers.CALC_COND_BATCH, tiled), (wrappers.OUTER_SAMPLE, tiled.run)):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    estimate_memory_for(clone, KEY, tile_batch, size)
+    return clone
 
 
 class MultiDiffusion(io.ComfyNode):
@@ -163,17 +196,4 @@ class MultiDiffusion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, tile, overlap, tile_batch, window, jitter, tile_prompts=None, clip=None) -> io.NodeOutput:
-        overlap = fit_overlap(tile, overlap)
-        scale = pixels_per_latent(model)
-        texts, size = None, (tile // scale, tile // scale)
-        if tile_prompts is not None:
-            texts = TileTexts(clip, tile_prompts)
-            size = tile_prompts.plan.tile_height, tile_prompts.plan.tile_width
-        tiled = TiledPrediction(tile // scale, overlap // scale, tile_batch, window, jitter, texts)
-        clone = model.clone()
-        wrappers = comfy.patcher_extension.WrappersMP
-        for kind, wrapper in ((wrappers.CALC_COND_BATCH, tiled), (wrappers.OUTER_SAMPLE, tiled.run)):
-            clone.remove_wrappers_with_key(kind, KEY)
-            clone.add_wrapper_with_key(kind, KEY, wrapper)
-        estimate_memory_for(clone, KEY, tile_batch, size)
-        return io.NodeOutput(clone)
+        return io.NodeOutput(in_tiles(model, tile, overlap, tile_batch, window, jitter, tile_prompts, clip))

@@ -51,18 +51,23 @@ def latent_size(image, latent, scale: float, width: int, height: int, unit: int)
 
 def tell(plan: TilePlan, steps: int, unit: int) -> str:
     """Return size, tiles and network calls in words; `unit`: pixels per latent."""
-    height, width = plan.height * unit, plan.width * unit
-    side = f"{plan.tile_width * unit} x {plan.tile_height * unit}"
     calls = len(plan) * steps
     return "\n".join(
         (
-            f"{width} x {height} px: {len(plan.lefts)} x {len(plan.tops)} = {len(plan)} tiles of {side} px",
+            tell_tiles(plan, unit),
             f"{steps} steps: {calls:,} tile calls, each for the positive and the negative prompt: "
             f"{2 * calls:,} network calls (half of them with CFG 1)",
             f"overlap costs {len(plan) * plan.tile_height * plan.tile_width / (plan.height * plan.width):.2f} "
             "times the untiled work",
         )
     )
+
+
+def tell_tiles(plan: TilePlan, unit: int) -> str:
+    """Return size and tiles in words."""
+    height, width = plan.height * unit, plan.width * unit
+    side = f"{plan.tile_width * unit} x {plan.tile_height * unit}"
+    return f"{width} x {height} px: {len(plan.lefts)} x {len(plan.tops)} = {len(plan)} tiles of {side} px"
 
 
 def _size_inputs() -> list[io.Input]:

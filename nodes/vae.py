@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..tudsr_core.vae import Side, VAETiling
+from ..tudsr_core.vae import VAETiling
 from .host.exact_vae import ExactVAE
 from .images import rgb
 from .inputs import CATEGORY, pixels_input
@@ -44,15 +46,26 @@ def tiling_inputs() -> list:
     ]
 
 
-def progress(vae: ExactVAE, side: Side, size: tuple[int, int], batch: int, tiling: VAETiling) -> Callable[[], None]:
-    """Return an `on_tile` that moves ComfyUI's bar and raises when the user cancels."""
-    bar = comfy.utils.ProgressBar(batch * vae.tiled.count(side, size, tiling))
+def progress(total: int) -> Callable[[], None]:
+    """Return an `on_tile` that moves ComfyUI's bar, of `total` tiles, and raises when the user cancels."""
+    bar = comfy.utils.ProgressBar(total)
 
     def on_tile() -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update(1)
 
     return on_tile
+
+
+def latents_of(samples: dict, vae: Any) -> Tensor:
+    """Return `B C H W` of a LATENT; raises ValueError if the VAE does not decode it."""
+    z = samples["samples"]
+    if z.ndim != 4 or z.shape[1] != vae.latent_channels or 0 in z.shape:
+        raise ValueError(
+            f"this latent is {tuple(z.shape)}, but this VAE decodes pictures of {vae.latent_channels} channels "
+            "(B C H W); connect the VAE of the model that made it"
+        )
+    return z
 
 
 class VAEEncode(io.ComfyNode):
@@ -86,8 +99,8 @@ class VAEEncode(io.ComfyNode):
                 f"a picture of {width} x {height} is smaller than one latent of this VAE ({exact.scale} px); enlarge it"
             )
         image = vae.vae_encode_crop_pixels(image.movedim(1, -1)).movedim(-1, 1)
-        on_tile = progress(exact, "encoder", tuple(image.shape[-2:]), len(image), tiling)
-        return io.NodeOutput({"samples": exact.encode(image, on_tile, tiling)})
+        calls = len(image) * exact.tiled.count("encoder", tuple(image.shape[-2:]), tiling)
+        return io.NodeOutput({"samples": exact.encode(image, progress(calls), tiling)})
 
 
 class VAEDecode(io.ComfyNode):
@@ -111,12 +124,7 @@ class VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, tile, planes, attention) -> io.NodeOutput:
-        exact, tiling, z = ExactVAE(vae), VAETiling(tile, planes, attention), samples["samples"]
-        if z.ndim != 4 or z.shape[1] != vae.latent_channels or 0 in z.shape:
-            raise ValueError(
-                f"this latent is {tuple(z.shape)}, but this VAE decodes pictures of {vae.latent_channels} channels "
-                "(B C H W); connect the VAE of the model that made it"
-            )
+        exact, tiling, z = ExactVAE(vae), VAETiling(tile, planes, attention), latents_of(samples, vae)
         size = tuple(side * exact.scale for side in z.shape[-2:])
-        on_tile = progress(exact, "decoder", size, len(z), tiling)
+        on_tile = progress(len(z) * exact.tiled.count("decoder", size, tiling))
         return io.NodeOutput(exact.decode(z, on_tile, tiling).movedim(1, -1))

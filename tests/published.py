@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from plain_stablesr import random_tensors, steer_diffusers
 from safetensors.torch import save_file
 from sd_layout import to_ldm
 from sd_stand_in import UNET
@@ -306,5 +307,15 @@ def write_for_comfyui(folder: Path) -> Path:
     wanted["trained"] = trained(folder, waves(24, 32))[1]
     second = omgsr(folder / "second", seed=11).path
     wanted["two stages"] = two_stages(made["omgsr"].path, second, waves(24, 32))
+    write_stablesr(folder / "stablesr.safetensors", unet, wanted)
     save_file({key: value.contiguous() for key, value in wanted.items()}, folder / "wanted.safetensors")
     return folder
+
+
+def write_stablesr(path: Path, unet: nn.Module, wanted: dict[str, Tensor]) -> None:
+    """Write StableSR's tensors for `unet`, and add its eps under them at three timesteps to `wanted`."""
+    tensors, given = random_tensors("stand-in"), inputs()
+    save_file(tensors, path)
+    for t in (0, 333, 999):
+        steer_diffusers(unet, tensors, given["z"].flip(0), t)
+        wanted[f"stablesr.{t}"] = unet(given["z"], t, encoder_hidden_states=given["text"]).sample

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / "tests" / "nodes"), str(HERE.parent / "tests"), str(HERE.parent)]
 
 import numpy as np
 import sd_stand_in
@@ -24,14 +24,10 @@ from PIL import Image
 
 from tudsr_core.weights.known_files import known_file
 
-SD21 = known_file("v2-1_512-ema-pruned.safetensors")
-MODELS = {
-    "CheckpointLoaderSimple": {"name": SD21.name, "url": SD21.url, "directory": SD21.folder},
-    "CLIPVisionLoader": {
-        "name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
-        "url": "https://huggingface.co/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
-        "directory": "clip_vision",
-    },
+CLIP_VISION = {
+    "name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+    "url": "https://huggingface.co/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
+    "directory": "clip_vision",
 }
 NOTES = {
     "01-embedded-x8": """## Upscale x8 with the embedded model
@@ -91,6 +87,40 @@ object into the background.
 3. **denoise** 0.3 keeps, 0.6 invents.
 
 Needs SD2.1-base in `models/checkpoints` and CLIP-ViT-H-14 in `models/clip_vision`.""",
+    "10-stablesr": """## StableSR with CFW
+The network sees the low-resolution picture at every step, so it keeps to it while it invents.
+
+1. `models/checkpoints`: **v2-1_512-ema-pruned.safetensors**
+2. `models/tudsr`: **stablesr_000117.ckpt** and **vqgan_cfw_00011.ckpt**
+   (StableSR's page on Hugging Face; non-commercial licence)
+
+- **steps**: 200 are the authors', 50 are four times faster
+- **w**: 0 is what the model drew, 1 keeps closest to the picture
+- *Apply StableSR* says how many tiles a picture takes""",
+    "11-stablesr-768v": """## StableSR on SD2.1 (768)
+The model for larger tiles: fewer calls, wider context. The authors' numbers: tiles of 768, 20 steps,
+CFG 7 with a negative prompt, no CFW (it was not trained for this model).
+
+1. `models/checkpoints`: **v2-1_768-ema-pruned.safetensors**
+2. `models/tudsr`: **webui_768v_139.ckpt**
+
+The licence is non-commercial.""",
+    "12-stablesr-turbo": """## StableSR in 4 steps
+SD-Turbo with the 512 file: four steps, CFG 1. More steps make it blurrier.
+
+1. `models/checkpoints`: **sd_turbo.safetensors**
+2. `models/tudsr`: **stablesr_000117.ckpt**, **vqgan_cfw_00011.ckpt**
+
+Both licences are non-commercial.""",
+    "13-stablesr-tile-prompts-4k": """## StableSR at 4K, a prompt per tile
+Every tile sees its part of the low-resolution picture **and** its own words.
+
+- **long_edge** 3840 sets the size; *Apply StableSR* says how many tiles and calls that are
+- **Extract Tile Prompts**: point at a tile to read its words, click to change them
+- *MultiDiffusion (Tiled)* takes the place of the tiles that *Apply StableSR* has set
+- decoding needs the memory of one tile, CFW too
+
+Needs SD2.1-base, CLIP-ViT-H-14 and StableSR's two files (template 10).""",
     "07-zoomed-in-diffused-out": """## Zoomed In, Diffused Out
 SD2.x, a **tile ControlNet**, a prompt per tile, CFG 5.5, 50 DDPM steps (t = 981 ... 1) from the
 noised low-resolution latent, on the **stock KSampler**: the conditions hold one area per tile.
@@ -108,6 +138,10 @@ STAND_IN_ONLY = (
     "07-zoomed-in-diffused-out",
     "08-exact-tiled-vae",
     "09-tile-prompts",
+    "10-stablesr",
+    "11-stablesr-768v",
+    "12-stablesr-turbo",
+    "13-stablesr-tile-prompts-4k",
 )
 
 
@@ -145,6 +179,15 @@ def add_note(workflow: dict, text: str) -> None:
     workflow["nodes"].insert(0, note | {"bgcolor": "#653"})
 
 
+def model_link(node: dict) -> dict | None:
+    """Return where ComfyUI offers to download a loader's model from, if that needs no browser."""
+    if node["type"] == "CLIPVisionLoader":
+        return CLIP_VISION
+    loads = node["type"] in ("CheckpointLoaderSimple", "TUDSRLoadStableSR", "TUDSRLoadCFW")
+    known = known_file(node["widgets_values"][0]) if loads else None
+    return {"name": known.name, "url": known.url, "directory": known.folder} if known and known.url else None
+
+
 def make(page, name: str) -> None:
     """Make one template and its picture."""
     api = json.loads((HERE / "api" / f"{name}.json").read_text("utf-8"))
@@ -156,8 +199,8 @@ def make(page, name: str) -> None:
     workflow = json.loads(text)
     lay_out(workflow, api)
     for node in workflow["nodes"]:
-        if node["type"] in MODELS:
-            node.setdefault("properties", {})["models"] = [MODELS[node["type"]]]
+        if link := model_link(node):
+            node.setdefault("properties", {})["models"] = [link]
     add_note(workflow, NOTES[name])
     for node in workflow["nodes"]:
         values = node.get("widgets_values") or []

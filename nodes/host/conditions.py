@@ -23,6 +23,15 @@ Area = tuple[tuple[int, ...], tuple[int, ...]]
 """Sides and offsets of an area along the latent's axes after `B C`."""
 
 
+PLACED = ("area", "mask", "control", "gligen")
+"""What an entry may have that must be cut to each tile for itself."""
+
+
+def is_placed(conds: list[list[dict] | None]) -> bool:
+    """Return whether any condition has what a tile can only be given alone."""
+    return any(entry.get(key) is not None for entries in conds for entry in entries or () for key in PLACED)
+
+
 def is_spatial(conds: dict[str, list[dict] | None] | list[list[dict] | None], shape: Sequence[int]) -> bool:
     """Return whether any condition of a latent of `shape` depends on where in the picture it is applied."""
     lists = conds.values() if isinstance(conds, dict) else conds
@@ -30,9 +39,7 @@ def is_spatial(conds: dict[str, list[dict] | None] | list[list[dict] | None], sh
 
 
 def _is_spatial(entry: dict, shape: Sequence[int]) -> bool:
-    if any(entry.get(key) is not None for key in ("area", "mask", "control", "gligen")):
-        return True
-    return any(_is_plane(cond, shape) for cond in entry.get("model_conds", {}).values())
+    return is_placed([[entry]]) or any(_is_plane(cond, shape) for cond in entry.get("model_conds", {}).values())
 
 
 def _is_plane(cond: Any, shape: Sequence[int]) -> bool:
@@ -41,6 +48,31 @@ def _is_plane(cond: Any, shape: Sequence[int]) -> bool:
         return True
     value = getattr(cond, "cond", None)
     return isinstance(value, Tensor) and value.ndim >= len(shape) and tuple(value.shape[-2:]) == tuple(shape[-2:])
+
+
+def merge_conds(lists: Sequence[list[dict] | None], batch: int) -> list[dict] | None:
+    """Return one list of entries for several tiles, `batch` rows of each in order, from the lists of each tile.
+
+    None if they cannot run as one. Entries that are the same for all tiles stay as they are.
+    """
+    if lists[0] is None or any(len(entries) != len(lists[0]) for entries in lists):
+        return None
+    merged = [_merge(column, batch) for column in zip(*lists, strict=True)]
+    return None if any(entry is None for entry in merged) else merged
+
+
+def _merge(column: Sequence[dict], batch: int) -> dict | None:
+    """Return one entry whose model conditions hold `batch` rows per tile, or None if they do not fit together."""
+    first = column[0]
+    if all(entry is first for entry in column):
+        return first
+    model_conds = {}
+    for name in first["model_conds"]:
+        rows = [entry["model_conds"][name].process_cond(batch_size=batch, area=None) for entry in column]
+        if not all(rows[0].can_concat(row) for row in rows[1:]):
+            return None
+        model_conds[name] = rows[0]._copy_with(rows[0].concat(rows[1:]))
+    return first | {"model_conds": model_conds}
 
 
 HintCache = dict[tuple, Any]

@@ -12,7 +12,7 @@ from pathlib import Path
 import folder_paths
 
 from ...tudsr_core.untrusted import shown
-from ...tudsr_core.weights import SUFFIXES, CheckpointError
+from ...tudsr_core.weights import SUFFIXES, CheckpointError, where_to_get
 
 FOLDER = "tudsr"
 
@@ -50,3 +50,28 @@ def find_below(roots: Sequence[Path], name: str, remedy: str = "put it there and
         if os.path.exists(path := root / inside):
             return path
     raise CheckpointError(f"{shown(name)!r} was not found in {', '.join(map(str, roots))}; {remedy}")
+
+
+def list_weights(*names: str) -> list[str]:
+    """Return the files of weights in the folders of this pack and of `names`, as names for a chooser."""
+    files = {file for root in model_roots(*names) for file in list_below(root) if file.suffix in SUFFIXES}
+    return sorted(file.as_posix() for file in files)
+
+
+def find_weights(name: str, *names: str) -> Path:
+    """Return the path of a chosen file; raises CheckpointError that says where to get it and where to put it."""
+    return find_below(model_roots(*names), name, f"{where_to_get(name)}put it there and press R to refresh")
+
+
+def is_there(name: str, *names: str) -> bool | str:
+    """Return what a node's `validate_inputs` does for a chosen file."""
+    try:
+        find_weights(name, *names)
+    except CheckpointError as error:
+        return str(error)
+    return True
+
+
+def fingerprint(path: Path) -> str:
+    """Return what changes when the file does."""
+    return f"{path}:{path.stat().st_mtime_ns}"

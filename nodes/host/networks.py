@@ -135,11 +135,11 @@ class _OneStepSampler(comfy.samplers.Sampler):
                 )
             return ((x - denoised) / sigma).cpu()
 
-        def conds_for(tile: Tile, batch: int) -> dict[str, list]:
+        def conds_for(tile: Tile) -> dict[str, list]:
             own = whole
             if self.texts:
                 planned = self.texts.planned(tile, noise.shape[-2:])
-                own = {name: self.texts.pick(entries, [planned], batch) for name, entries in whole.items()}
+                own = {name: self.texts.pick(entries, planned) for name, entries in whole.items()}
             if not spatial:
                 return own
             return {name: crop_conds(entries, tile, noise, hints) for name, entries in own.items()}
@@ -149,7 +149,7 @@ class _OneStepSampler(comfy.samplers.Sampler):
                 return eps(parts)
             results = []
             for tile, one in zip(tiles, parts.chunk(len(tiles)), strict=True):
-                guider.conds = conds_for(tile, len(one))
+                guider.conds = conds_for(tile)
                 results.append(eps(one))
             guider.conds = whole
             return torch.cat(results)

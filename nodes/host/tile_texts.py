@@ -21,7 +21,7 @@ from ...tudsr_core.tiling import Tile, TilePlan
 TilePromptsType = io.Custom("TILE_PROMPTS")
 Conditioning = list
 MARK = "tudsr_tile_text"
-TEXT_KEYS = ("cross_attn", "model_conds", "uuid", "pooled_output")
+TEXT_KEYS = ("cross_attn", "uuid", "pooled_output")
 
 
 def fits(clip: Any, text: str) -> bool:
@@ -92,36 +92,18 @@ class TileTexts:
             for name, entries in conds.items()
         }
 
-    def pick(self, entries: list[dict] | None, tiles: Sequence[Tile], batch: int) -> list[dict] | None:
-        """Return the entries for `tiles`, in rows of `batch` latents each; None if they cannot run as one.
-
-        Entries without a tile's text (the negative) serve all tiles.
-        """
-        shared = [entry for entry in entries if entry.get(MARK) is None]
-        rows = [[entry for entry in entries if entry.get(MARK) == self.of_tile[tile.index]] for tile in tiles]
-        merged = [_merge(column, batch) for column in zip(*rows, strict=True)]
-        return None if any(entry is None for entry in merged) else shared + merged
+    def pick(self, entries: list[dict], tile: Tile) -> list[dict]:
+        """Return the entries for a tile of the plan; those without a tile's text (the negative) serve all tiles."""
+        return [entry for entry in entries if entry.get(MARK) in (None, self.of_tile[tile.index])]
 
 
 def _with_text(entry: dict, encoded: list, number: int | None) -> list[dict]:
     others = {key: value for key, value in entry.items() if key not in TEXT_KEYS}
+    # What else the model is given, such as StableSR's picture, stays with the place, not with the words.
+    others["model_conds"] = {key: value for key, value in entry["model_conds"].items() if key != "c_crossattn"}
     made = []
     for tensor, options in encoded:
         # Hooks must be registered before the run starts, so only the sampler's own may act.
         mine = {key: value for key, value in options.items() if key != "hooks"}
         made.append([tensor, others | mine | {MARK: number}])
     return comfy.sampler_helpers.convert_cond(made)
-
-
-def _merge(column: Sequence[dict], batch: int) -> dict | None:
-    """Return one entry whose model conditions hold `batch` rows per tile, or None if they do not fit together."""
-    first = column[0]
-    if all(entry is first for entry in column):
-        return first
-    model_conds = {}
-    for name in first["model_conds"]:
-        rows = [entry["model_conds"][name].process_cond(batch_size=batch, area=None) for entry in column]
-        if not all(rows[0].can_concat(row) for row in rows[1:]):
-            return None
-        model_conds[name] = rows[0]._copy_with(rows[0].concat(rows[1:]))
-    return first | {"model_conds": model_conds}

@@ -15,6 +15,7 @@ from tudsr_core.backends.local import load_embedded
 from tudsr_core.cli.inspection import inspect_file
 from tudsr_core.diffusion.one_step import from_noise_level
 from tudsr_core.models import dape
+from tudsr_core.models.cfw import FeatureWrapping, load_wrapping
 from tudsr_core.models.embedded import make_unet, make_vae
 from tudsr_core.models.invsr import NoisePredictor, build_predictor
 from tudsr_core.models.ram import RamConfig, RamTagger
@@ -134,6 +135,13 @@ def invsr() -> Tree:
     return {"state_dict": {f"module._orig_mod.{key}": value for key, value in network.state_dict().items()}}
 
 
+def cfw() -> Tree:
+    """Return StableSR's CFW as it was trained, within an autoencoder."""
+    network = FeatureWrapping((32, 32), growth=1)
+    state = {f"decoder.{key}": value for key, value in network.state_dict().items()}
+    return {"epoch": 11, "state_dict": state | {"encoder.conv_in.bias": torch.ones(2)}}
+
+
 def own(path: Path) -> Tree:
     """Return an adapter of this pack, with everything that one can have."""
     steps = (from_noise_level(200),)
@@ -169,7 +177,7 @@ def read_back(path: Path) -> Tree:
 SUFFIXES = {
     **dict.fromkeys(("own", "model", "tagger", "kohya", "diffusers", "peft file"), ".safetensors"),
     "base": ".base",
-    **{"osediff": ".pkl", "pisa": ".pkl", "invsr": ".pth", "peft": "", "omgsr": ""},
+    **{"osediff": ".pkl", "pisa": ".pkl", "invsr": ".pth", "cfw": ".pt", "peft": "", "omgsr": ""},
 }
 
 
@@ -192,6 +200,7 @@ def whole_files(scratch: Path) -> dict[str, Tree]:
         "osediff": osediff(),
         "pisa": pisa(),
         "invsr": invsr(),
+        "cfw": cfw(),
         "peft": peft(UNET),
         "omgsr": {"unet_lora_adapter": peft(UNET), "vae_encoder_lora_adapter": peft(stripped(VAE))},
     }
@@ -233,6 +242,9 @@ def read_all_the_way(path: Path) -> None:
         if path.suffix == ".base":
             use_base(path)
             return
+        if path.suffix == ".pt":
+            use_wrapping(path)
+            return
         inspect_file(path)
         kind = open_safetensors(path).metadata() or {} if path.suffix == ".safetensors" else {}
         if kind.get("format") == dape.TAGGER_FORMAT:
@@ -246,6 +258,14 @@ def read_all_the_way(path: Path) -> None:
         assert path.stem in str(error), f"the message does not name the file: {error}"
         raise
     use_adapter(path, adapter)
+
+
+def use_wrapping(path: Path) -> None:
+    """Run both levels of CFW once."""
+    loaded = load_wrapping(path)
+    for level in (loaded.fusion_layer_1, loaded.fusion_layer_2):
+        x = torch.rand(1, level.encode_enc_3.conv1.in_channels, 4, 4)
+        level(x, x)
 
 
 def use_model(path: Path) -> None:

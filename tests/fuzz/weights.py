@@ -160,7 +160,7 @@ def damage_index(rng: random.Random, path: Path, tree: Tree) -> None:
     """Write a whole file and damage what says what is in it; checksums and lengths stay right."""
     file = one_file(rng, write(path, tree))
     way = rng.choice((flip_bits, truncate, grow))
-    if file.suffix in (".pkl", ".pth"):
+    if file.suffix in (".pkl", ".pth", ".pt"):
         whole = file.rename(file.with_suffix(".tmp"))
         rezip(whole, file, lambda name, data: bytes(way(rng, bytearray(data))) if name.endswith(".pkl") else data)
     elif file.suffix == ".safetensors":

@@ -136,6 +136,38 @@ def test_timesteps_are_sd2s():
         assert chain[-1] == 1 and chain[0] > 1000 - 1000 / count - 1
 
 
+def test_the_whole_chain_is_thinned_evenly_from_end_to_end():
+    """StableSR's timesteps, from its authors' rule: every (1000 - 1) / (N - 1), rounded half to even."""
+    twenty = [0, 53, 105, 158, 210, 263, 315, 368, 421, 473, 526, 578, 631, 684, 736, 789, 841, 894, 946, 999]
+    assert respaced_timesteps(20, respacing="whole") == twenty[::-1]
+    assert respaced_timesteps(4, respacing="whole") == [999, 666, 333, 0]
+    assert respaced_timesteps(50, respacing="whole")[-4:] == [61, 41, 20, 0]
+    assert respaced_timesteps(100, respacing="whole")[-4:] == [30, 20, 10, 0]
+    assert respaced_timesteps(200, respacing="whole")[:3] == [999, 994, 989]
+    for count in (4, 20, 50, 100, 200):
+        chain, at = [], 0.0
+        for _ in range(count):
+            chain.append(round(at))
+            at += 999 / (count - 1)
+        assert respaced_timesteps(count, respacing="whole") == chain[::-1]
+    assert respaced_timesteps(1, respacing="whole") == [999]
+    with pytest.raises(ValueError, match="respacing is 'some'"):
+        respaced_timesteps(4, respacing="some")
+
+
+@pytest.mark.parametrize("count", [4, 20, 50, 100, 200])
+def test_its_steps_are_the_posterior_of_the_respaced_betas(count):
+    """DDPM eq. 7 with betas rebuilt from what is left of the chain, as StableSR samples."""
+    chain = sorted(respaced_timesteps(count, respacing="whole"))
+    for position, step in enumerate(reversed(plan_steps(count, respacing="whole"))):
+        abar, before = ABAR[chain[position]], ABAR[chain[position - 1]] if position else 1.0
+        beta = 1 - abar / before
+        assert step.t == chain[position]
+        assert abs(step.from_x0 - beta * math.sqrt(before) / (1 - abar)) < 1e-12
+        assert abs(step.from_z - (1 - before) * math.sqrt(1 - beta) / (1 - abar)) < 1e-12
+        assert abs(step.std**2 - beta * (1 - before) / (1 - abar)) < 1e-12
+
+
 def test_eta_is_the_share_of_the_noise():
     """DDIM eq. 16: sigma is proportional to eta; what noise does not fill, z keeps (eq. 12)."""
     for half, whole in zip(plan_steps(10, 0.5), plan_steps(10, 1.0), strict=True):
@@ -305,7 +337,7 @@ def test_what_cannot_be_sampled_is_named():
         sampled(z, ToyNetworks(), tiles, [("a", "b")] * 3, seeded())
     for wrong, says in (
         (dict(steps=0), "0 steps"),
-        (dict(steps=501), "501 steps"),
+        (dict(steps=1001), "1001 steps"),
         (dict(strength=0), "strength 0"),
         (dict(eta=1.5), "eta 1.5"),
         (dict(guidance=0.5), "guidance 0.5"),

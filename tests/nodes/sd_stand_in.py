@@ -75,6 +75,20 @@ VISION = dict(model_type="clip_vision_model", hidden_act="gelu", hidden_size=64,
               layer_norm_eps=1e-5)
 comfy.clip_vision.load = load_small_vision
 
+make_vae = comfy.sd.VAE.__init__
+
+def make_small_vae(self, sd=None, device=None, config=None, **more):
+    weight = (sd or {}).get("encoder.conv_in.weight")
+    small = config is None and weight is not None and len(weight) == 32
+    config = dict(params=dict(ddconfig=dict(SMALL_KL), embed_dim=4)) if small else config
+    make_vae(self, sd=sd, device=device, config=config, **more)
+    if small:
+        self.downscale_ratio = self.upscale_ratio = 8
+
+SMALL_KL = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2, 2, 2],
+                num_res_blocks=1, attn_resolutions=[], dropout=0.0)
+comfy.sd.VAE.__init__ = make_small_vae
+
 class TestConditioning:
     INPUT_TYPES = classmethod(lambda cls: {"required": {}})
     RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "tests"
@@ -157,6 +171,36 @@ def write(models: Path) -> None:
         adapted.save_pretrained(models / "tudsr" / folder / "unet_lora_adapter")
         unet = adapted.unload()
     published.pisa(models / "tudsr" / "pisa_sr.pkl")
+    write_for_stablesr(models, tensors)
+
+
+def write_for_stablesr(models: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the base models of StableSR's templates, SD2.1-base's with an autoencoder that CFW fits, and its files."""
+    from diffusers import AutoencoderKL
+    from plain_stablesr import random_tensors
+    from safetensors.torch import save_file
+
+    from tudsr_core.models import FeatureWrapping
+
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+    )
+    kl = {key: value for key, value in tensors.items() if not key.startswith("first_stage_model.")}
+    kl |= to_ldm(torch.nn.Module(), vae)
+    telltale = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    v = kl | {telltale: torch.linspace(-1, 1, tensors[telltale].numel())}
+    for name, content in (("stablesr-base", kl), ("v2-1_768-ema-pruned", v), ("sd_turbo", kl)):
+        save_file({key: x.contiguous() for key, x in content.items()}, models / "checkpoints" / f"{name}.safetensors")
+    for name in ("stablesr_000117", "webui_768v_139"):
+        torch.save({"state_dict": random_tensors("stand-in")}, models / "tudsr" / f"{name}.ckpt")
+    torch.manual_seed(4)
+    cfw = FeatureWrapping((64, 64), 8).state_dict()
+    torch.save({f"decoder.{key}": value for key, value in cfw.items()}, models / "tudsr" / "vqgan_cfw_00011.ckpt")
 
 
 def write_companions(models: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -20,12 +20,14 @@ SCRIPTS = [
         "inside_adapters.py",
         "inside_vae.py",
         "inside_vae_nodes.py",
+        "inside_cfw.py",
         "inside_regions.py",
         "inside_tile_texts.py",
         "inside_tile_prompts.py",
         "inside_prompters.py",
         "inside_refusals.py",
         "inside_widgets.py",
+        "inside_stablesr.py",
     )
 ]
 CHECKS = [

@@ -284,6 +284,24 @@ def test_undo_and_redo(page):
     assert inputs["edits"] == edits(page)
     assert told["prompts"][:2] == ["photo, oak grain, clean, 8k", "photo, gold rim, clean, 8k"]
 
+    undo(page)
+    page.mouse.click(*stage_point(page, 0.1, 0.1))  # looking at a tile is no step, and forgets nothing
+    undo(page)
+    assert edits(page) == shown_edits(page) == ""
+    page.mouse.click(*stage_point(page, 0.1, 0.1))
+    undo(page, "Control+y")
+    undo(page, "Control+y")
+    assert edits(page).endswith("1: oak grain\n2: gold rim")
+
+
+def test_keys_pressed_on_the_canvas_leave_the_box_alone(page):
+    open_graph(page)
+    run_graph(page)
+    say(page, 0.1, "oak grain")
+    page.evaluate("() => { document.activeElement.blur(); document.execCommand('undo') }")
+    assert edits(page).endswith("1: oak grain")
+    assert page.locator(".tudsr-tiles textarea").input_value() == "oak grain"
+
 
 def test_a_copy_has_its_own_edits(page):
     open_graph(page)

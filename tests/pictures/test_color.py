@@ -1,6 +1,8 @@
 import pytest
 import torch
+from live_bytes import LiveBytes
 
+from tudsr_core.pictures import color
 from tudsr_core.pictures.color import adain, low_frequencies, match_color, wavelet
 
 
@@ -73,3 +75,25 @@ def test_unknown_method_and_unequal_sizes_are_refused(noise):
         match_color(noise(1, 3, 4, 4), noise(1, 3, 4, 4), "lab")
     with pytest.raises(ValueError, match="equal sizes"):
         match_color(noise(1, 3, 4, 4), noise(1, 3, 4, 5), "none")
+
+
+@pytest.mark.parametrize("size", [(70, 131), (32, 33), (5, 90)])
+def test_tiles_of_the_wavelet_fix_change_not_one_bit(size, noise, monkeypatch):
+    image, source = noise(2, 3, *size), noise(2, 3, *size, seed=1)
+    whole = image + low_frequencies(source - image)
+    for tile in (7, 31, 64):
+        monkeypatch.setattr(color, "TILE_PX", tile)
+        assert torch.equal(wavelet(image, source), whole), tile
+
+
+def test_memory_of_the_wavelet_fix_does_not_grow_with_the_picture(monkeypatch):
+    """Beyond the result, live tensors are those of one tile."""
+    monkeypatch.setattr(color, "TILE_PX", 32)
+    extra = {}
+    for side in (128, 256):
+        image = torch.rand(1, 3, side, side)
+        with LiveBytes() as live:
+            live.count(image, 0)
+            wavelet(image, torch.zeros_like(image))
+        extra[side] = live.peak - 2 * image.nbytes
+    assert 0 < extra[256] <= 1.1 * extra[128]

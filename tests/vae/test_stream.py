@@ -1,17 +1,13 @@
 """Tiled against untiled: the modules themselves, run on the whole picture, are the truth."""
 
 import copy
-import weakref
 from fractions import Fraction
 
 import pytest
 import torch
+from live_bytes import device_peak
 from small_vae import SHALLOW, Shy, contents, make_vae, target
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tudsr_core.vae import feature_maps, layer_pass, stream
-from tudsr_core.vae.feature_maps import reserve
 from tudsr_core.vae.graph import read_layers, run_untiled
 from tudsr_core.vae.settings import VAETiling
 from tudsr_core.vae.stream import count_tiles, run_layers
@@ -181,55 +177,17 @@ def test_large_residuals_travel_in_float32():
     assert (out - truth).abs().max() < 0.05 * truth.abs().max()
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is on, as long as they live."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.sizes = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor, tensor.untyped_storage().nbytes())
-        return result
-
-    def count(self, tensor, size):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = size
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, storage._cdata)
-
-    def forget(self, key):
-        self.live -= self.sizes.pop(key)
-
-
-def device_peak(vae, start, z, tiling, monkeypatch, side="decoder"):
-    """Return the most bytes alive at once on the device, which on a CPU is all but the feature maps."""
-    live = LiveBytes()
-
-    def uncounted(*args):
-        with no_dispatch():
-            memory = reserve(*args)
-        live.count(memory, 0)
-        return memory
-
-    for module in (feature_maps, layer_pass, stream):
-        monkeypatch.setattr(module, "reserve", uncounted)
-    live.count(z, 0)
-    with live:
-        run_layers(read_layers(vae, side), start, z, target(next(vae.parameters()).dtype), tiling, lambda: None)
-    return live.peak
+def decoder_peak(vae, start, z, tiling, monkeypatch):
+    """Return the most bytes alive at once on the device while `z` is decoded."""
+    layers, where = read_layers(vae, "decoder"), target(next(vae.parameters()).dtype)
+    return device_peak(lambda: run_layers(layers, start, z, where, tiling, lambda: None), [z], monkeypatch)
 
 
 def test_device_memory_does_not_grow_from_2048_to_4096_pixels(monkeypatch):
     narrow = dict(block_out_channels=(2,) * 4, norm_num_groups=1, layers_per_block=0, mid_block_add_attention=False)
     vae = make_vae(torch.float32, **narrow)
     small, large = (
-        device_peak(vae, START["decoder"], torch.randn(1, 4, side, side), VAETiling(512, "host"), monkeypatch)
+        decoder_peak(vae, START["decoder"], torch.randn(1, 4, side, side), VAETiling(512, "host"), monkeypatch)
         for side in (256, 512)
     )
     assert large <= 1.1 * small
@@ -239,7 +197,7 @@ def test_device_memory_does_not_grow_from_2048_to_4096_pixels(monkeypatch):
 def test_device_memory_of_the_attention_does_not_grow(monkeypatch):
     vae = make_vae(torch.float32, **SHALLOW, layers_per_block=0)
     small, large = (
-        device_peak(vae, Fraction(1, 2), torch.randn(1, 4, side, side), VAETiling(32, "host"), monkeypatch)
+        decoder_peak(vae, Fraction(1, 2), torch.randn(1, 4, side, side), VAETiling(32, "host"), monkeypatch)
         for side in (48, 96)
     )
     assert large <= 1.1 * small

@@ -4,6 +4,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import types
 import zipfile
 
 import pytest
@@ -33,6 +34,62 @@ def test_code_in_pickles_is_never_run(tmp_path):
     assert not mark.exists()
     with pytest.raises(CheckpointError, match="save only its tensors, best as .safetensors"):
         read_file(tmp_path / "new.pkl")
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """Stand-ins for Lightning's classes, which files name; gone when a file is read."""
+    made = {}
+    for module, name in (("model_checkpoint", "ModelCheckpoint"), ("early_stopping", "EarlyStopping")):
+        where = f"pytorch_lightning.callbacks.{module}"
+        made[name] = type(name, (), {"__module__": where})
+        for path in ("pytorch_lightning", "pytorch_lightning.callbacks", where):
+            monkeypatch.setitem(sys.modules, path, sys.modules.get(path) or types.ModuleType(path))
+        setattr(sys.modules[where], name, made[name])
+    return made
+
+
+def checkpoint(callbacks):
+    return {"epoch": 3, "callbacks": callbacks, "optimizer_states": [], "state_dict": {"w": torch.arange(3.0)}}
+
+
+def test_lightnings_checkpoints_are_read(tmp_path, lightning):
+    """Its class is a key there; nothing of Lightning is imported, and torch trusts no more than before."""
+    before = list(torch.serialization.get_safe_globals())
+    remembered = {"monitor": "val/rec_loss", "best_model_score": torch.ones(1)}
+    torch.save(checkpoint({lightning["ModelCheckpoint"]: remembered}), tmp_path / "cfw.ckpt")
+    for path in [path for path in sys.modules if path.startswith("pytorch_lightning")]:
+        del sys.modules[path]
+    file = read_file(tmp_path / "cfw.ckpt")
+    assert torch.equal(file.tensors["w"], torch.arange(3.0)) and file.values == {}
+    assert not [path for path in sys.modules if path.startswith("pytorch_lightning")]
+    assert list(torch.serialization.get_safe_globals()) == before
+
+
+CLASS = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\x80\x02" + CLASS + b")R.", "torch.save never calls"),
+        (b"\x80\x02" + CLASS + b")\x81.", "NEWOBJ, which torch.save never does"),
+        (b"\x80\x02" + CLASS + b"}b.", "cannot be read safely"),
+        (b"\x80\x02}" + CLASS + b"\x85K\x01s.", "neither a text nor a small number"),
+        (b"\x80\x02}" + CLASS.replace(b"ModelC", b"OtherC") + b"K\x01s.", "OtherCheckpoint"),
+        (b"\x80\x02" + CLASS + b".", "holds a type"),
+    ],
+)
+def test_lightnings_class_is_nothing_but_a_key(data, says, tmp_path):
+    index(tmp_path / "bad.ckpt", data)
+    with pytest.raises(CheckpointError, match=says):
+        read_file(tmp_path / "bad.ckpt")
+
+
+def test_other_classes_of_lightning_are_refused(tmp_path, lightning):
+    torch.save(checkpoint({lightning["EarlyStopping"]: {}}), tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="pytorch_lightning.callbacks.early_stopping.EarlyStopping"):
+        read_file(tmp_path / "other.ckpt")
 
 
 def expanded(path):

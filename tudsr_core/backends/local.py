@@ -161,22 +161,28 @@ class LocalNetworks:
         `condition` is one for all tiles, or a list with one for each, by `Tile.index`.
         """
         self.backbone.unet_merger.use(self.unet_delta)
-        return body(lambda parts, tiles: self._predict_all(parts, t, self._rows(condition, len(parts), tiles)))
 
-    def _rows(self, condition: Tensor | list[Tensor], count: int, tiles: Sequence[Tile]) -> Tensor:
-        if isinstance(condition, Tensor):
-            return condition.expand(count, -1, -1)
-        # The latents of one tile, of all pictures, lie next to each other.
-        return torch.cat([condition[tile.index] for tile in tiles]).repeat_interleave(count // len(tiles), 0)
+        def predict(parts: Tensor, tiles: Sequence[Tile]) -> Tensor:
+            # The latents of one tile, of all pictures, lie next to each other.
+            rows = [tile for tile in tiles for _ in range(len(parts) // len(tiles))]
+            return self._predict_all(parts, t, condition, rows)
 
-    def _predict_all(self, z: Tensor, t: int, text: Tensor) -> Tensor:
+        return body(predict)
+
+    def _predict_all(self, z: Tensor, t: int, condition: Tensor | list[Tensor], tiles: Sequence[Tile]) -> Tensor:
         # A CPU gains nothing from batching, and one tile at a time makes the bytes of a picture
         # independent of the tile batch.
         size = 1 if self.backbone.device.type == "cpu" else len(z)
-        rows = zip(z.split(size), text.split(size), strict=True)
-        return torch.cat([self._predict(part, t, own) for part, own in rows]).to(z.device)
+        made = []
+        for start in range(0, len(z), size):
+            part, own = z[start : start + size], tiles[start : start + size]
+            single = isinstance(condition, Tensor)
+            text = condition.expand(len(part), -1, -1) if single else torch.cat([condition[tile.index] for tile in own])
+            made.append(self._predict(part, t, text, own))
+        return torch.cat(made).to(z.device)
 
-    def _predict(self, z: Tensor, t: int, text: Tensor) -> Tensor:
+    def _predict(self, z: Tensor, t: int, text: Tensor, tiles: Sequence[Tile]) -> Tensor:
+        """Return eps of the rows of `z`, which lie at `tiles`."""
         output = self.backbone.unet(self._in(z), t, encoder_hidden_states=text).sample.float()
         if self.backbone.prediction == "epsilon":
             return output
@@ -198,6 +204,10 @@ class LocalNetworks:
         rows = self.backbone.embed(*unique).to(self.backbone.device, self.backbone.dtype).split(1)
         known = dict(zip(unique, rows, strict=True))
         return [known[text] for text in texts]
+
+    def seeing(self, z: Tensor) -> LocalNetworks:
+        """Return these networks: a plain UNet is not told what picture it works on."""
+        return self
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` is the device's or the CPU allocator's "not enough memory"."""
@@ -270,12 +280,16 @@ def load_sd21(
 def load_sd2(base: Path, device: str = "auto", dtype: str = "fp32", tokenizer: Path | None = None) -> LocalNetworks:
     """Return a Stable Diffusion model as it is, without adapters, from a folder or checkpoint file.
 
-    Folders of epsilon and of v prediction (SD2.1 at 768) are understood. `tokenizer` is CLIP's
+    Models of epsilon and of v prediction (SD2.1 at 768) are understood. `tokenizer` is CLIP's
     folder, for prompts with a single file. Raises CheckpointError.
     """
+    return LocalNetworks(read_backbone(base, device, dtype, tokenizer))
+
+
+def read_backbone(base: Path, device: str = "auto", dtype: str = "fp32", tokenizer: Path | None = None) -> Backbone:
+    """Return the weights that `load_sd2` wraps."""
     vae, unet, embed = read_base(base, DTYPES[dtype], tokenizer=tokenizer, predictions=PREDICTIONS)
-    backbone = Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype], read_prediction(base))
-    return LocalNetworks(backbone)
+    return Backbone(vae, unet, embed, pick_device(device), DTYPES[dtype], read_prediction(base))
 
 
 def adapted_stage(backbone: Backbone, adapter: Adapter, options: AdapterOptions) -> Stage:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..untrusted import SCALING, Fields, network_config, parse_json, read_text, shown, some
-from ..weights import CheckpointError, check_finite, stream
+from ..weights import TELLTALE, CheckpointError, check_finite, file_prediction, prediction_of, stream
 from .clip_tokens import PAD, TOKENS, Tokens, import_transformers, tokens_of
 
 UNET_CONFIG = {
@@ -47,10 +47,6 @@ TEXT_CONFIG = {
 # The text tower's prefix in single files: of the original code, and of SD-Turbo's.
 TEXT_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-# SD2.1 (768) predicts v and has the same keys as SD2.1-base; its last attention block tells them
-# apart: the spread of this bias is 0.1 there and 0.04 here (the test ComfyUI and others use).
-TELLTALE = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-V_SPREAD = 0.09
 # Under these two prefixes, what training leaves behind and no network of ours has.
 OF_TRAINING = ("loss.", "model_ema.")
 
@@ -103,7 +99,7 @@ def read_base(
                 "use SD2.1-base (512), not SD2.1 (768)"
             )
         return _read_folder(path, dtype)
-    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer)
+    return _read_single_file(path, dtype, architecture or Architecture(), tokenizer, predictions)
 
 
 def check_exists(path: Path) -> None:
@@ -223,7 +219,9 @@ def _refuse_settings(fields: Fields, names: list[str]) -> None:
 
 
 def read_prediction(path: Path) -> str:
-    """Return what the UNet of a base model predicts, "epsilon" unless its folder says otherwise."""
+    """Return what the UNet of a base model predicts, "epsilon" unless its folder or weights say otherwise."""
+    if path.is_file():
+        return file_prediction(path) or "epsilon"
     return _scheduler(path).text("prediction_type", "epsilon")
 
 
@@ -239,7 +237,11 @@ def _scheduler(path: Path) -> Fields:
 
 
 def _read_single_file(
-    path: Path, dtype: torch.dtype, architecture: Architecture, tokenizer: Path | None
+    path: Path,
+    dtype: torch.dtype,
+    architecture: Architecture,
+    tokenizer: Path | None,
+    predictions: tuple[str, ...],
 ) -> tuple[nn.Module, nn.Module, Embed]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as convert
@@ -252,7 +254,7 @@ def _read_single_file(
         own = _copied(path, stream(path, (prefix,)), dtype)
         if not own:
             raise CheckpointError(f"{path} is no checkpoint of Stable Diffusion: it has no {prefix}* tensors")
-        if TELLTALE in own and own[TELLTALE].float().std() > V_SPREAD:
+        if TELLTALE in own and prediction_of(own[TELLTALE]) not in predictions:
             raise CheckpointError(f"{path} is SD2.1 (768), which predicts v; use SD2.1-base (512) or SD-Turbo")
         with torch.device("meta"):
             full = dict(kind.from_config(config).config)

@@ -45,6 +45,7 @@ from .console import (
     target_of,
 )
 from .files import add_file_commands
+from .stablesr import CFWOption, GuidanceOption, NegativeOption, StableSROption, stablesr_upscaler
 from .training import add_training_commands
 from .zoom import add_zoom_command
 
@@ -69,14 +70,22 @@ StageOne = Annotated[
     typer.Option(**PATH, help="Adapter for a base --model: TUDSR, OMGSR, OSEDiff, PiSA-SR or InvSR."),
 ]
 StageTwo = Annotated[Path | None, typer.Option(**PATH, help="TUDSR's stage-two adapter, for more than x4.")]
-MethodOption = Annotated[MethodName | None, typer.Option(help="For peft folders, which do not say: tudsr or omgsr.")]
+MethodOption = Annotated[
+    MethodName | None, typer.Option(help="For peft folders, which do not say: tudsr or omgsr. Or stablesr.")
+]
 PromptOption = Annotated[str | None, typer.Option(help="Prompt instead of the method's own.")]
 TokenizerOption = Annotated[
     Path | None,
     typer.Option(**PATH, help="CLIP's vocab.json and merges.txt, for prompts with a single file."),
 ]
-StepsOption = Annotated[int, typer.Option(help="Network evaluations per tile: 1 to 5 with InvSR, else 1.")]
-FidelityOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the pixel-level part.")]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(help="Network evaluations per tile: 1 to 5 with InvSR, 200 with StableSR (Turbo: 4), else 1."),
+]
+FidelityOption = Annotated[
+    float | None,
+    typer.Option(help="PiSA-SR: weight of the pixel-level part (1). StableSR: --cfw's weight, 0 to 1 (0.5)."),
+]
 DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semantic part.")]
 
 
@@ -109,9 +118,13 @@ def upscale(
     stage_two: StageTwo = None,
     method: MethodOption = None,
     timestep: Annotated[int, typer.Option(help="Timestep of stage one; 0: as trained.")] = 0,
-    steps: StepsOption = 1,
-    fidelity: FidelityOption = 1.0,
+    steps: StepsOption = None,
+    fidelity: FidelityOption = None,
     detail: DetailOption = 1.0,
+    stablesr: StableSROption = None,
+    cfw: CFWOption = None,
+    guidance: GuidanceOption = None,
+    negative: NegativeOption = None,
     prompt: PromptOption = None,
     tokenizer: TokenizerOption = None,
     device: DeviceOption = Device.auto,
@@ -145,17 +158,35 @@ def upscale(
 
     if bits not in (None, 8, 16):
         raise ValueError(f"--bits {bits} is not possible; use 8 or 16")
-    tiles = given(tile_px=tile, overlap_px=overlap, tile_batch=tile_batch, window=window)
-    if published and tiles.keys() - {"tile_batch"}:
+    tiles = given(tile_px=tile, overlap_px=overlap)
+    how = given(tile_batch=tile_batch, window=window)
+    if published and tiles.keys() | how.keys() - {"tile_batch"}:
         raise ValueError("--published has its own tile, overlap and window; leave out --tile, --overlap and --window")
-    chosen = given(color_fix=color_fix, sample_posterior=sample_posterior, seed=seed)
-    options = UpscaleOptions(**tiles, **chosen, published=published, native_size=native_size)
+    chosen = tiles | given(color_fix=color_fix, seed=seed)
     target = target_of(scale, width, height, long_edge)
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
-    use = AdapterOptions(method and method.value, timestep, steps, prompt, fidelity, detail, tokenizer)
-    upscaler = TwoStage(_load(model, stage_one, stage_two, device, dtype, use), options)
+    if stablesr or method is MethodName.stablesr:
+        others = dict(stage_one=stage_one, stage_two=stage_two, timestep=timestep, published=published)
+        _refuse("--method stablesr", others | dict(detail=detail != 1, sample_posterior=sample_posterior))
+        how |= given(steps=steps, guidance=guidance)
+        loading = dict(device=device.value, dtype=dtype.value, tokenizer=tokenizer)
+        upscaler = stablesr_upscaler(model, stablesr, cfw, fidelity, prompt, negative, chosen, how, loading)
+    else:
+        _refuse("this method", dict(cfw=cfw, guidance=guidance, negative=negative))
+        options = UpscaleOptions(
+            **chosen, **how, sample_posterior=sample_posterior, published=published, native_size=native_size
+        )
+        weights = given(steps=steps, fidelity=fidelity, detail=detail)
+        use = AdapterOptions(method and method.value, timestep, prompt=prompt, tokenizer=tokenizer, **weights)
+        upscaler = TwoStage(_load(model, stage_one, stage_two, device, dtype, use), options)
     written = Output(bits, quality, force, max_megapixels)
     run_command(jobs, output, lambda job: upscaler, target, written, dry_run)
+
+
+def _refuse(method: str, options: dict[str, object]) -> None:
+    """Raise ValueError for options that were given and would be ignored."""
+    if names := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
+        raise ValueError(f"{method} does not have {', '.join(names)}; leave that out")
 
 
 def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision, use=None):

@@ -29,7 +29,7 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
-MethodName = Enum("MethodName", {name: name for name in METHODS}, type=str)
+MethodName = Enum("MethodName", {name: name for name in (*METHODS, "stablesr")}, type=str)
 Device = Enum("Device", {name: name for name in ("auto", "cpu", "cuda", "mps")}, type=str)
 WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", "published")}, type=str)
 ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "none")}, type=str)

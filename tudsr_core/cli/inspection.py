@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..backends import TELLTALE, TEXT_PREFIXES, UNET_PREFIX, V_SPREAD, VAE_PREFIX
+from torch import nn
+
+from ..backends import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from ..diffusion import OneStep
-from ..models import TAGGER_FORMAT, load_tagger
+from ..models import TAGGER_FORMAT, load_stablesr, load_tagger, load_wrapping
 from ..weights import (
     MODEL_FORMAT,
     OWN_TITLE,
     Adapter,
     CheckpointError,
     WeightDelta,
+    file_prediction,
     identify,
     known_file,
     open_safetensors,
@@ -82,6 +85,8 @@ def _single(path: Path) -> Lines:
         keys = list(file.keys())
     else:
         keys = [key for key, _ in stream(path)] if path.is_file() else []
+    if lines := _stablesr(path, keys):
+        return lines
     if any(key.startswith((UNET_PREFIX, VAE_PREFIX)) for key in keys):
         return _base_file(path, keys)
     title, adapter = identify(path)
@@ -91,12 +96,36 @@ def _single(path: Path) -> Lines:
     return lines
 
 
+def _stablesr(path: Path, keys: list[str]) -> Lines:
+    """Return what is said of StableSR's files, nothing of others."""
+    if any(key.startswith("structcond_stage_model.") for key in keys):
+        network = load_stablesr(path)
+        trained = {"epsilon": "SD2.1-base (512)", "v_prediction": "SD2.1 (768, v prediction)"}
+        base = trained.get(network.prediction, "SD2.1, which of them it does not say")
+        return [("kind", "StableSR: encoder and feature transforms"), ("base model", base), _size(network)]
+    if any(".fusion_layer_1." in f".{key}" for key in keys):
+        return [("kind", "StableSR's CFW, for the decoder of SD2.1"), _size(load_wrapping(path))]
+    return []
+
+
+def _size(network: nn.Module) -> tuple[str, str]:
+    weights = list(network.parameters())
+    return "weights", f"{len(weights)} tensors, {sum(one.numel() for one in weights) / 1e6:.1f} M parameters"
+
+
 def _base_file(path: Path, keys: list[str]) -> Lines:
     parts = {"UNet": UNET_PREFIX, "VAE": VAE_PREFIX, "text encoder": TEXT_PREFIXES}
     counts = [f"{name}: {sum(key.startswith(prefix) for key in keys)} tensors" for name, prefix in parts.items()]
-    spread = next((value.float().std() for _, value in stream(path, (TELLTALE,))), None)
-    predicts = "unknown" if spread is None else "v (SD2.1 768, unsuitable)" if spread > V_SPREAD else "eps (suitable)"
-    return [("kind", "Stable Diffusion checkpoint"), ("holds", ", ".join(counts)), ("predicts", predicts)]
+    predicts = {
+        None: "unknown",
+        "epsilon": "eps (suitable)",
+        "v_prediction": "v (SD2.1 768, for zoom and StableSR only)",
+    }
+    return [
+        ("kind", "Stable Diffusion checkpoint"),
+        ("holds", ", ".join(counts)),
+        ("predicts", predicts[file_prediction(path)]),
+    ]
 
 
 def _base_folder(path: Path) -> Lines:

@@ -7,7 +7,7 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
-    multi_step="ChainStep plan_steps respaced_timesteps",
+    multi_step="ChainStep Respacing plan_steps respaced_timesteps",
     one_step="OneStep euler from_noise_level residual",
     schedule="NoiseSchedule comfy_start_scale scaled_linear",
 )

@@ -12,6 +12,7 @@ __all__, __getattr__ = public_names(
     prompt_sources="PromptSource described fixed from_file saved",
     published="METHODS Method",
     sampling="SampleOptions",
+    stablesr="NEGATIVE POSITIVE StableSROptions",
     stages="Stage TwoStageModel UpscaleOptions",
     two_stage="TwoStage plan_for upscale",
     upscaler="RunPlan Upscaler check_image",

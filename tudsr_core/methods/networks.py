@@ -73,3 +73,6 @@ class TextNetworks(Networks, Protocol):
 
     def conditions(self, texts: Sequence[str]) -> list[Any]:
         """Return one condition per text; equal texts cost one encoding."""
+
+    def seeing(self, z: Tensor) -> TextNetworks:
+        """Return the networks for the picture of latents `z` (`1 C h w`): where the UNet is told, this is what of."""

@@ -27,7 +27,10 @@ class TiledPredictor:
 
     MultiDiffusion (Bar-Tal et al. 2023, eq. 5) with the weights of `tiled_run`. `condition` serves all tiles;
     with `plan` it is a list with one per tile of that plan, and other tiles take the one of the planned tile
-    that shares most with them. `on_tile(preview)` is called once per tile and may raise to cancel.
+    that shares most with them. With `negative`, of the same kind, a tile's eps is eps_u + guidance (eps_c - eps_u)
+    (classifier-free guidance, Ho and Salimans 2022, eq. 6), which is the same before and after blending.
+    `on_tile(preview)` is called once per tile and condition, and may raise to cancel; there is a preview once a tile
+    is finished.
     """
 
     def __init__(
@@ -35,47 +38,51 @@ class TiledPredictor:
         networks: Networks,
         tiled_run: TiledRun,
         condition: Any,
-        on_tile: Callable[[Preview], None],
+        on_tile: Callable[[Preview | None], None],
         plan: TilePlan | None = None,
+        negative: Any = None,
+        guidance: float = 1.0,
     ) -> None:
-        self.networks, self.tiled_run, self.condition, self.on_tile = networks, tiled_run, condition, on_tile
-        self.plan = plan
+        self.networks, self.tiled_run, self.on_tile = networks, tiled_run, on_tile
+        self.conditions = [condition] if negative is None else [negative, condition]
+        self.plan, self.guidance = plan, guidance
 
     def __call__(self, z: Tensor, t: int, restore: Restore) -> Tensor:
         """Return eps for `B C h w`; raises MemoryError when the smallest tile does not fit."""
 
         def attempt(blender: TileBlender) -> None:
-            def blend(predict: Predict) -> Tensor:
-                for batch in self.tiled_run.batches(blender):
-                    eps = predict(torch.cat([tile.cut(z) for tile in batch]), batch)
-                    for tile, value in zip(batch, eps.split(len(z)), strict=True):
-                        blender.add(tile, value)
-                        self.on_tile(lambda: restore(blender.result()))
-                return blender.result()
-
             tiles = self.tiled_run.tiles
             count = len(z) * min(self.tiled_run.batch, len(tiles))
             part = count, z.shape[1], tiles.tile_height, tiles.tile_width
-            self.networks.denoise(z, t, self._condition(), part, blend)
+
+            def ready(waiting: Sequence[Any], *predicts: Predict) -> Tensor:
+                if not waiting:
+                    return self._blend(z, blender, predicts, restore)
+                first, *rest = waiting
+                return self.networks.denoise(z, t, first, part, lambda predict: ready(rest, *predicts, predict))
+
+            ready([self._fitting(condition) for condition in self.conditions])
 
         return self.tiled_run.blend(attempt, self.networks.is_out_of_memory)
 
-    def _condition(self) -> Any:
+    def _blend(self, z: Tensor, blender: TileBlender, predicts: Sequence[Predict], restore: Restore) -> Tensor:
+        for batch in self.tiled_run.batches(blender):
+            parts = torch.cat([tile.cut(z) for tile in batch])
+            eps = predicts[0](parts, batch)
+            for predict in predicts[1:]:
+                for _ in batch:
+                    self.on_tile(None)
+                eps = eps + self.guidance * (predict(parts, batch) - eps)
+            for tile, value in zip(batch, eps.split(len(z)), strict=True):
+                blender.add(tile, value)
+                self.on_tile(lambda: restore(blender.result()))
+        return blender.result()
+
+    def _fitting(self, condition: Any) -> Any:
         tiles = self.tiled_run.tiles
         if self.plan is None or tiles is self.plan:
-            return self.condition
-        return [self.condition[self.plan.nearest(tile, tiles)] for tile in tiles]
-
-
-def guided(positive: PredictEps, negative: PredictEps, scale: float) -> PredictEps:
-    """Return classifier-free guidance: eps_u + g (eps_c - eps_u) (Ho and Salimans 2022, eq. 6)."""
-
-    def predict(z: Tensor, t: int, restore: Restore) -> Tensor:
-        with_text = positive(z, t, restore)
-        without = negative(z, t, restore)
-        return without + scale * (with_text - without)
-
-    return predict
+            return condition
+        return [condition[self.plan.nearest(tile, tiles)] for tile in tiles]
 
 
 def weighted(parts: Sequence[tuple[float, PredictEps]]) -> PredictEps:

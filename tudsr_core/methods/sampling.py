@@ -13,17 +13,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..diffusion import NoiseSchedule, plan_steps, respaced_timesteps, scaled_linear
+from ..diffusion import NoiseSchedule, Respacing, plan_steps, respaced_timesteps, scaled_linear
 from ..tiling import TiledRun, TilePlan, Window
 from .networks import Preview, TextNetworks
-from .prediction import PredictEps, TiledPredictor, guided
+from .prediction import PredictEps, TiledPredictor
 
-MAX_STEPS = 500
+MAX_STEPS = 1000
 
 TilePair = tuple[str, str]
 """Positive and negative prompt of one tile."""
 
-OnPreview = Callable[[Preview], None]
+OnPreview = Callable[["Preview | None"], None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class SampleOptions:
     `eta` is the share of fresh noise: 1 is ancestral DDPM, 0 is DDIM. `guidance` is the
     classifier-free guidance scale; at 1 the negative prompts are not evaluated. `strength` below 1
     starts that far down the chain, from a picture with less noise (SDEdit, Meng et al. 2022).
+    `respacing`: which timesteps the steps are at, see `respaced_timesteps`.
     """
 
     steps: int = 50
@@ -41,6 +42,7 @@ class SampleOptions:
     guidance: float = 5.5
     tile_batch: int = 1
     window: Window = "uniform"
+    respacing: Respacing = "leading"
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
@@ -74,7 +76,7 @@ def noised(
     because abar is not 0 there. For a part of it, it is the first timestep left.
     """
     schedule, options = schedule or scaled_linear(), options or SampleOptions()
-    left = respaced_timesteps(options.steps, schedule.steps)[-options.steps_run :]
+    left = respaced_timesteps(options.steps, schedule.steps, options.respacing)[-options.steps_run :]
     abar = schedule.abar_at(schedule.steps - 1 if len(left) == options.steps else left[0])
     return abar**0.5 * z + (1 - abar) ** 0.5 * draw_noise(z, noise)
 
@@ -104,7 +106,7 @@ def sample(
     generator that made the start. Raises ValueError if the model returns NaN.
     """
     options, z = options or SampleOptions(), z.float()
-    for step in plan_steps(options.steps, options.eta, schedule)[-options.steps_run :]:
+    for step in plan_steps(options.steps, options.eta, schedule, options.respacing)[-options.steps_run :]:
         eps = predict(z, step.t, partial(step.x0, z))
         if not torch.isfinite(eps).all():
             raise ValueError("the model produced NaN or infinite latents; run it in float32 (tudsr: --dtype fp32)")
@@ -132,6 +134,5 @@ def tiled_predictor(
     positive, negative = (list(texts) for texts in zip(*prompts, strict=True))
     # At once, so that the text encoder is loaded once.
     conditions = networks.conditions(positive if guidance == 1 else positive + negative)
-    parts = conditions[: len(tiles)], conditions[len(tiles) :]
-    with_text, without = (TiledPredictor(networks, tiled_run, part, on_tile, tiles) for part in parts)
-    return with_text if guidance == 1 else guided(with_text, without, guidance)
+    with_text, without = conditions[: len(tiles)], conditions[len(tiles) :]
+    return TiledPredictor(networks, tiled_run, with_text, on_tile, tiles, without or None, guidance)

@@ -117,13 +117,14 @@ def zoom(
     progress = ProgressCounter(tick, len(color) * (networks.vae_calls(plan.padded) + plan.calls))
     unit = facts.multiple // facts.latent_scale
     tiled_run = TiledRun(plan.tiles, sampling.window, sampling.tile_batch, unit, facts.latent_scale, progress.expect)
-    predict = tiled_predictor(networks, tiled_run, prompts, sampling.guidance, progress.advance)
     results = []
     for number, picture in enumerate(color.split(1)):
         enlarged = resize(picture, plan.size).clamp(0, 1)
         padded, padding = pad_to_multiple(enlarged, facts.multiple)
         encoded = networks.encode(padded, None, progress.advance)
         noise = torch.Generator().manual_seed(plan.options.seed + number)
+        seeing = networks.seeing(encoded.z)
+        predict = tiled_predictor(seeing, tiled_run, prompts, sampling.guidance, progress.advance)
         start = _start(encoded.z.float(), plan.options, noise)
         encoded = replace(encoded, z=sample(start, predict, noise, sampling))
         decoded = networks.decode(encoded, progress.advance).float()

@@ -7,9 +7,11 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
+    cfw="FeatureWrapping load_wrapping",
     dape="RAM_FILE TAGGER_FORMAT load_tagger write_tagger",
     discriminator="Discriminator",
     embedded="AutoencoderDC UNet load_networks make_unet make_vae",
     features="EXTRACTORS Features load_features",
     invsr="build_predictor",
+    stablesr="PLACES StableSR load_stablesr",
 )

@@ -24,12 +24,19 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor | int, like: Tensor) -> Tensor:
         """Return the embedding of one timestep, or of one for each of the pictures `like`."""
-        half = self.steps // 2
-        timesteps = torch.as_tensor(t, device=like.device).expand(len(like))
-        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=like.device) / half
-        angles = timesteps[:, None].float() * exponents.exp()
-        waves = torch.cat([angles.cos(), angles.sin()], -1).to(like.dtype)
-        return self.linear_2(F.silu(self.linear_1(waves)))
+        return self.linear_2(F.silu(self.linear_1(timestep_waves(t, self.steps, like))))
+
+
+def timestep_waves(t: Tensor | int, count: int, like: Tensor) -> Tensor:
+    """Return `B count` cosines, then sines, of one timestep or one for each of the `B` pictures `like`.
+
+    Frequencies fall from 1 to 1/10000 (Vaswani et al. 2017, section 3.5, as Ho et al. 2020 use it).
+    """
+    half = count // 2
+    timesteps = torch.as_tensor(t, device=like.device).expand(len(like))
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=like.device) / half
+    angles = timesteps[:, None].float() * exponents.exp()
+    return torch.cat([angles.cos(), angles.sin()], -1).to(like.dtype)
 
 
 class ResnetBlock(nn.Module):

@@ -5,6 +5,7 @@ All functions take `B 3 H W`, float, 0..1 and work in float; nothing is rounded 
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ ColorFix = Literal["wavelet", "adain", "none"]
 COLOR_FIXES: tuple[ColorFix, ...] = ("wavelet", "adain", "none")
 
 WAVELET_LEVELS = 5
+TILE_PX = 512
 
 
 def match_color(image: Tensor, source: Tensor, method: ColorFix) -> Tensor:
@@ -53,14 +55,18 @@ def _moments(image: Tensor) -> tuple[Tensor, Tensor]:
 def wavelet(image: Tensor, source: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
     """Keep the detail of `image` and take the low frequencies of `source` (StableSR, a trous wavelet).
 
-    The high bands telescope, so the result is image - low(image) + low(source). One channel at a
-    time, because this is where memory peaks for large pictures.
+    The high bands telescope, so the result is image - low(image) + low(source). In tiles, because this
+    is where memory peaks for large pictures; each sees as far as the blur reaches, so that they change
+    nothing.
     """
-    result = torch.empty_like(image)
-    for channel in range(image.shape[1]):
-        part = slice(channel, channel + 1)
-        low = low_frequencies(source[:, part] - image[:, part], levels)
-        torch.add(image[:, part], low, out=result[:, part])
+    result, reach = torch.empty_like(image), 2**levels - 1
+    for number in range(len(image)):
+        for top, left in product(*(range(0, side, TILE_PX) for side in image.shape[-2:])):
+            y, x = max(0, top - reach), max(0, left - reach)
+            seen = number, ..., slice(y, top + TILE_PX + reach), slice(x, left + TILE_PX + reach)
+            tile = number, ..., slice(top, top + TILE_PX), slice(left, left + TILE_PX)
+            low = low_frequencies((source[seen] - image[seen])[None], levels)[0, :, top - y :, left - x :]
+            torch.add(image[tile], low[:, :TILE_PX, :TILE_PX], out=result[tile])
     return result
 
 

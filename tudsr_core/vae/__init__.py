@@ -7,7 +7,7 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
-    fusion="Features Fuse Fusions fused_levels",
+    fusion="Features Fuse Fusions fused_levels wrapping",
     graph="Layer Local Side read_resnet",
     settings="ComputeTarget VAETiling",
     tiled="TiledVAE VAECallables",

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from torch import nn
+
 from .feature_maps import FeatureMap
-from .graph import Add, Join, Layer, grids
+from .graph import Add, Join, Layer, grids, read_dense_blocks, read_resnet
 
 Features = Mapping[str, Sequence[FeatureMap]]
 """The encoder's activations `C H W` by level ("level 1" is half the picture's size), one for each picture."""
@@ -30,6 +32,24 @@ Fusions = Mapping[str, Fuse]
 """What to fuse at the end of which level of the decoder."""
 
 
+def wrapping(network: nn.Module, weight: float) -> dict[str, Fuse]:
+    """Return StableSR's controllable feature wrapping (Wang et al. 2024, section 3.2), nothing for a weight of 0.
+
+    `network.fusion_layer_N` is what is fused at level N, half and a quarter of the picture's size: a
+    residual block of both activations, RRDBs, a residual block. Its modules must be where the decoder
+    is computed, and of its dtype, by then. `weight`: 0 is the decoder as it is, 1 as CFW was trained.
+    """
+    if not weight:
+        return {}
+    fuse = {}
+    for number in (1, 2):
+        part = network.get_submodule(f"fusion_layer_{number}")
+        dense = [read_dense_blocks(block) for block in part.encode_enc_2]
+        layers = [*read_resnet(part.encode_enc_1), *dense, *read_resnet(part.encode_enc_3)]
+        fuse[f"level {number}"] = Fuse(layers, weight)
+    return fuse
+
+
 def fused_levels(fuse: Fusions) -> list[str]:
     """Return the levels whose features are used: those of a weight other than 0."""
     return [level for level, one in fuse.items() if one.weight]
@@ -40,6 +60,14 @@ def check_levels(layers: Sequence[Layer], levels: Iterable[str]) -> None:
     known = [layer.level for layer in layers if getattr(layer, "level", "")]
     if unmatched := [level for level in levels if level not in known]:
         raise ValueError(f"this autoencoder has no {', '.join(unmatched)}; its levels are {', '.join(sorted(known))}")
+
+
+def up_to_levels(layers: Sequence[Layer], levels: Iterable[str]) -> list[Layer]:
+    """Return an encoder's layers as far as `levels` need them."""
+    levels = set(levels)
+    last = max((number for number, layer in enumerate(layers) if layer.level in levels), default=0)
+    # One more: what a list's last layer gives is its result, and lies elsewhere than what waits between layers.
+    return list(layers[: last + 2])
 
 
 def with_fusions(layers: Sequence[Layer], fuse: Fusions) -> list[Layer]:

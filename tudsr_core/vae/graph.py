@@ -77,11 +77,13 @@ class Attention:
 class Local(Conv):
     """y = module(x) for any module of stride 1 that looks `radius` pixels far and sees zeros beyond the picture.
 
-    No norm and no attention inside: those are layers of their own. `width`: channels in and out.
+    No norm and no attention inside: those are layers of their own. `width`: channels in and out. `held`:
+    channels of its input's size that it needs memory for at once, input and output included.
     """
 
     radius: int = 0
     width: tuple[int, int] = (0, 0)
+    held: int = 0
 
     @property
     def halo(self) -> int:
@@ -239,18 +241,34 @@ def _read_end(tree: nn.Module) -> Layer:
 
 
 def read_resnet(block: nn.Module) -> Iterator[Layer]:
-    """Yield the two layers of a residual block, diffusers' or ComfyUI's; raises UnknownTree."""
-    _expect(block, "norm1 conv1 norm2 conv2", "dropout nonlinearity swish conv_shortcut nin_shortcut")
+    """Yield the two layers of a residual block, diffusers', ComfyUI's or StableSR's; raises UnknownTree."""
+    _expect(block, "norm1 conv1 norm2 conv2", "dropout nonlinearity swish conv_shortcut nin_shortcut conv_out")
     activation = getattr(block, "nonlinearity", None) or getattr(block, "swish", None)
     if activation is not None and not isinstance(activation, nn.SiLU):
         raise UnknownTree(f"activation {type(activation).__name__}")
     if getattr(block, "upsample", None) is not None or getattr(block, "downsample", None) is not None:
         raise UnknownTree("a residual block that resamples")
-    shortcut = getattr(block, "conv_shortcut", None) or getattr(block, "nin_shortcut", None)
+    names = ("conv_shortcut", "nin_shortcut", "conv_out")
+    shortcut = next((found for name in names if (found := getattr(block, name, None)) is not None), None)
     first = Conv(_conv(block.conv1, 3), _norm(block.norm1), skip="open")
     yield first if shortcut is None else replace(first, shortcut=_conv(shortcut, 1))
     divide = float(getattr(block, "output_scale_factor", 1.0))
     yield Conv(_conv(block.conv2, 3), _norm(block.norm2), skip="close", divide=divide)
+
+
+def read_dense_blocks(block: nn.Module) -> Local:
+    """Return three dense blocks of five convolutions (an RRDB, as ESRGAN names its parts) as one layer.
+
+    Raises UnknownTree.
+    """
+    _expect(block, "rdb1 rdb2 rdb3")
+    convs = []
+    for dense in (block.rdb1, block.rdb2, block.rdb3):
+        _expect(dense, "conv1 conv2 conv3 conv4 conv5")
+        convs += [_base(_conv(conv, 3)) for conv in dense.children()]
+    channels, widest = convs[0].in_channels, max(conv.in_channels for conv in convs)
+    # The block's and the dense block's inputs, what the dense block has put together so far, and that once more.
+    return Local(block, radius=len(convs), width=(channels, channels), held=2 * (channels + widest))
 
 
 def _read_attention(block: nn.Module) -> Attention:

@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import torch
 
-from .graph import Add, Join, Layer, grids
+from .graph import Add, Join, Layer, Local, grids
 from .settings import VAETiling
+from .stream import tile_sides
 
 
 def tile_bytes(layers: list[Layer], start: Fraction, tiling: VAETiling, dtype: torch.dtype) -> int:
@@ -23,6 +24,9 @@ def tile_bytes(layers: list[Layer], start: Fraction, tiling: VAETiling, dtype: t
             inside *= 1.25
         area = (tiling.tile_px * scale + 2) ** 2
         largest = max(largest, area * (inside * (wide + dtype.itemsize) + outside * (wide + 2 * dtype.itemsize)))
+    for layer, side in tile_sides(layers, start, tiling):
+        if isinstance(layer, Local):
+            largest = max(largest, (side + 2 * layer.halo) ** 2 * layer.held * dtype.itemsize)
     return int(largest)
 
 

@@ -25,6 +25,16 @@ from .settings import ComputeTarget, VAETiling
 log = logging.getLogger(__name__)
 
 
+def tile_sides(layers: list[Layer], start: Fraction, tiling: VAETiling) -> Iterator[tuple[Layer, float]]:
+    """Yield each layer with the side of the square that is as large as one of its output's tiles."""
+    heaviest = max(max(layer.channels) for layer, scale in grids(layers, start) if scale == 1)
+    for layer, scale in grids(layers, start):
+        side = tiling.tile_px * scale
+        if not isinstance(layer, Attention):
+            side = max(side, tiling.tile_px * min(1, heaviest / max(layer.channels)) ** 0.5)
+        yield layer, side
+
+
 def cut(layers: list[Layer], start: Fraction, size: tuple[int, int], tiling: VAETiling) -> Iterator[tuple[Layer, Grid]]:
     """Yield each layer with the rows and columns of its output's tiles; `size` is the input's, on grid `start`.
 
@@ -33,15 +43,12 @@ def cut(layers: list[Layer], start: Fraction, size: tuple[int, int], tiling: VAE
     flat row of tiles lets the feature map it reads be freed sooner. Attention keeps to the square, which is
     what its queries and windows are.
     """
-    heaviest = max(max(layer.channels) for layer, scale in grids(layers, start) if scale == 1)
-    for layer, scale in grids(layers, start):
+    for layer, side in tile_sides(layers, start, tiling):
         factor = {"": Fraction(1), "up": Fraction(2), "down": Fraction(1, 2)}[getattr(layer, "resample", "")]
         height, width = (int(length * factor) for length in size)
-        side = tiling.tile_px * scale
         if isinstance(layer, Attention):
             yield layer, (intervals(height, max(1, int(side))), intervals(width, max(1, int(side))))
         else:
-            side = max(side, tiling.tile_px * min(1, heaviest / max(layer.channels)) ** 0.5)
             unit = 2 if factor == 2 else 1
             columns = intervals(width, max(1, int(2 * side)), unit)
             yield layer, (intervals(height, max(1, int(side**2 / (columns[0][1] or 1))), unit), columns)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .feature_maps import FeatureMap
-from .fusion import Features, Fusions, check_features, check_levels, fused_levels, with_fusions
-from .graph import Layer, Side, UnknownTree, read_layers
+from .fusion import Features, Fusions, check_features, check_levels, fused_levels, up_to_levels, with_fusions
+from .graph import Layer, Side, UnknownTree, grids, read_layers
 from .memory_estimate import kept_channels, live_channels, tile_bytes
 from .receptive_field import Network, ReceptiveField, find_receptive_fields, run_tiled
 from .receptive_field import count_blocks as count_local_tiles
@@ -124,6 +124,17 @@ class TiledVAE:
         z = self._guarded(lambda: self._run("encoder", pixels, on_tile, tiling or self.tiling, extras))
         return z, extras.keep
 
+    def features(
+        self, pixels: Tensor, keep: Iterable[str], on_tile: Callable[[], None], tiling: VAETiling | None = None
+    ) -> Features:
+        """Return the features of `encode_with_features` without the latents, and without computing what is after them.
+
+        That is deep levels and the attention, whose time grows with the square of the area.
+        """
+        extras = _Extras(keep={level: [] for level in keep}, only_kept=True)
+        self._guarded(lambda: self._run("encoder", pixels, on_tile, tiling or self.tiling, extras))
+        return extras.keep
+
     def decode(
         self,
         z: Tensor,
@@ -141,13 +152,19 @@ class TiledVAE:
         return self._guarded(lambda: self._run("decoder", z, on_tile, tiling or self.tiling, extras))
 
     def count(
-        self, side: Side, size: tuple[int, int], tiling: VAETiling | None = None, fuse: Fusions | None = None
+        self,
+        side: Side,
+        size: tuple[int, int],
+        tiling: VAETiling | None = None,
+        fuse: Fusions | None = None,
+        keep: Iterable[str] = (),
     ) -> int:
-        """Return how often `on_tile` will be called for one picture of `size` pixels."""
+        """Return how often `on_tile` will be called for one picture of `size` pixels; with `keep`, by `features`."""
         tiling = tiling or self.tiling
         if side in self.layers:
-            start = self._start(side)
-            return count_tiles(self._layers(side, fuse), start, tuple(int(length * start) for length in size), tiling)
+            start, layers = self._start(side), self._layers(side, fuse)
+            layers = up_to_levels(layers, keep) if keep else layers
+            return count_tiles(layers, start, tuple(int(length * start) for length in size), tiling)
         return count_local_tiles(size, tiling.tile_px) if self.receptive_fields[side == "decoder"] else 1
 
     def tile_bytes(self, tiling: VAETiling | None = None, fuse: Fusions | None = None) -> int:
@@ -212,6 +229,9 @@ class TiledVAE:
 
         def run(inner: Tensor) -> Tensor:
             y = self._run_layers(side, inner, on_tile, tiling, extras)
+            if extras.only_kept:  # the owner gets the shape that it expects; nobody reads what it makes of it
+                *_, (last, scale) = grids(self.layers[side], self._start(side))
+                return y.new_zeros(len(y), last.channels[1], *(int(length * scale) for length in inner.shape[-2:]))
             return y if seed is None else torch.cat([posterior_latent(y, latents, seed), y[:, latents:]], 1)
 
         core = _Core(run)
@@ -226,6 +246,7 @@ class TiledVAE:
     ) -> Tensor:
         start, layers = self._start(side), self._layers(side, extras.fuse)
         check_features(layers, start, tuple(x.shape[-2:]), len(x), extras.features)
+        layers = up_to_levels(layers, extras.keep) if extras.only_kept else layers
         if tiling.planes == "auto":
             area = int(x.shape[-2] * x.shape[-1] / start**2)
             needed = int(self._live_bytes(side, extras.fuse, extras.keep) * area)
@@ -281,10 +302,11 @@ class TiledVAE:
 
 @dataclass(frozen=True)
 class _Extras:
-    """What one encode or decode does beyond the plain one; `keep` is filled."""
+    """What one encode or decode does beyond the plain one; `keep` is filled, and with `only_kept` all that is made."""
 
     seed: int | None = None
     keep: dict[str, list[FeatureMap]] = field(default_factory=dict)
+    only_kept: bool = False
     fuse: Fusions = field(default_factory=dict)
     features: Features = field(default_factory=dict)
 

