@@ -5,6 +5,7 @@ So workers, processes and restarts change nothing, and where a training stands i
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +127,22 @@ def batches(pictures: Pictures, start: int, process: int = 0, processes: int = 1
     PictureError for a file that cannot be read.
     """
     numbers = Numbers(start, pictures.config.batch, process, processes)
-    loader = DataLoader(pictures, batch_sampler=numbers, num_workers=pictures.config.workers, collate_fn=_stack)
+    loader = DataLoader(
+        pictures,
+        batch_sampler=numbers,
+        num_workers=pictures.config.workers,
+        collate_fn=_stack,
+        worker_init_fn=_leave_interrupts_to_the_first_process,
+    )
     for batch in loader:
         if isinstance(batch, PictureError):
             raise batch
         yield batch
+
+
+def _leave_interrupts_to_the_first_process(worker: int) -> None:
+    # A terminal's Ctrl-C reaches the workers too; without them the step in work could not be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stack(items: Sequence[tuple[int, Tensor, Tensor] | PictureError]) -> Batch | PictureError:
