@@ -28,7 +28,7 @@ ROOMS = {
     "prompts": "untrusted assets pictures tiling",
     "methods": "untrusted atomic_write pictures tiling diffusion prompts",
     "weights": "untrusted atomic_write assets diffusion methods",
-    "models": "untrusted weights",
+    "models": "untrusted pictures weights",
     "backends": "untrusted tiling diffusion vae methods weights models",
     "batch": "pictures methods",
     "evaluation": "assets pictures methods",
