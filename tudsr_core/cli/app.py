@@ -44,6 +44,7 @@ from .console import (
     run_command,
     target_of,
 )
+from .degrading import add_degrade_command
 from .files import add_file_commands
 from .stablesr import CFWOption, GuidanceOption, NegativeOption, StableSROption, stablesr_upscaler
 from .training import add_training_commands
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 add_file_commands(app)
 add_zoom_command(app)
+add_degrade_command(app)
 add_training_commands(app)
 
 

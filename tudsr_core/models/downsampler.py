@@ -26,7 +26,7 @@ from ..weights import CheckpointError, read_file, write_file
 from .embedded import RMSNorm, make_vae
 from .fill_weights import fill
 
-FORMAT = "tudsr-downsampler/1"
+DOWNSAMPLER_FORMAT = "tudsr-downsampler/1"
 KINDS = ("pixel", "latent")
 GRID = 4  # good pixels for a poor one, a side
 LEAST_FACTOR, MOST_FACTOR, MOST_STRENGTH = 1.0, 8.0, 1.5
@@ -270,13 +270,17 @@ def boxes(size: tuple[int, int], tile: int, reach: int) -> list[Box]:
 def write_downsampler(path: Path, network: Downsampler, notes: Mapping[str, str] | None = None) -> None:
     """Write one float16 safetensors file, atomically; `notes` are metadata for people, such as how it was trained."""
     tensors = {key: value.detach().half().cpu() for key, value in network.state_dict().items()}
-    write_file(path, tensors, {**(notes or {}), "format": FORMAT, "downsampler": json.dumps(asdict(network.config))})
+    write_file(
+        path,
+        tensors,
+        {**(notes or {}), "format": DOWNSAMPLER_FORMAT, "downsampler": json.dumps(asdict(network.config))},
+    )
 
 
 def load_downsampler(path: Path) -> Downsampler:
     """Return the network of a file, float32 on the CPU, frozen; raises CheckpointError that says what is wrong."""
     file = read_file(path)
-    if file.metadata.get("format") != FORMAT:
+    if file.metadata.get("format") != DOWNSAMPLER_FORMAT:
         said = shown(file.metadata.get("format", "nothing"))
         raise CheckpointError(
             f"{path} is no downsampler (its metadata says {said}); choose a file that tudsr train has written as one"
