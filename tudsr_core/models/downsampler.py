@@ -142,6 +142,11 @@ class Downsampler(nn.Module):
             return own
         return own + sum(isinstance(module, nn.Conv2d) for module in self.encoder.modules())
 
+    def tile_bytes(self, tile: int) -> int:
+        """Return about how much memory a tile of `tile` poor pixels takes, in float32."""
+        side, width = tile + 2 * self.reach, max(3 * self.config.width, 3 * GRID**2 * 4)
+        return 4 * side**2 * width
+
     def condition(self, sharp: Tensor) -> Tensor:
         """Return what is seen of the good picture `B 3 4h 4w`, 0..1: its latent, or its pixels as channels, `B C h w`.
 
