@@ -31,7 +31,7 @@ NODES = (
     ("regions", "RegionConditioning"),
     ("images", "ColorFix"),
     ("cfw", "LoadCFW CFWDecode"),
-    ("degrade", "DegradeImage"),
+    ("degrade", "DegradeImage LoadDownsampler DegradeLearned"),
 )
 
 

@@ -29,6 +29,7 @@ SCRIPTS = [
         "inside_widgets.py",
         "inside_stablesr.py",
         "inside_folders.py",
+        "inside_degrading.py",
     )
 ]
 CHECKS = [

@@ -31,13 +31,15 @@ class Job:
 class Output:
     """How results are written: `bits` 8 or 16 (None: as the source), JPEG / WebP quality, replacing.
 
-    `max_megapixels` is what sources may have; None is the limit of `read_picture`.
+    `max_megapixels` is what sources may have; None is the limit of `read_picture`. `rgb`: three channels, whatever
+    the source has; its transparency is left out.
     """
 
     bits: int | None = None
     quality: int = 95
     overwrite: bool = False
     max_megapixels: float | None = None
+    rgb: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def plan_job(
     except ValueError as error:
         raise PictureError(f"{job.source}: {error}") from error
     picture = replace(picture, bits=output.bits or picture.bits)
+    if output.rgb:
+        notes = (*picture.notes, "its transparency is left out") if picture.has_alpha else picture.notes
+        picture = replace(picture, pixels=picture.pixels[:, :3], is_grey=False, notes=notes)
     if not dry_run:
         check_output(job.output, plan.size, picture.has_alpha, picture.bits, output.overwrite)
     return OpenJob(job, writable(picture, job.output, plan.size), plan)

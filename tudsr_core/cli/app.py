@@ -28,6 +28,7 @@ from .console import (
     one_line_errors,
     out,
 )
+from .degrading import add_degrade_command
 from .files import add_file_commands
 from .training import add_training_commands
 from .upscaling import ModelOption, StageOne, StageTwo, add_upscale_commands, load_model
@@ -44,6 +45,7 @@ app = typer.Typer(
 add_upscale_commands(app)
 add_file_commands(app)
 add_zoom_command(app)
+add_degrade_command(app)
 add_training_commands(app)
 
 

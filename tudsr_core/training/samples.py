@@ -5,6 +5,7 @@ So workers, processes and restarts change nothing, and where a training stands i
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..pictures import RECIPES, degrade, interpolate, pad_to, pictures_in, read_picture, resize, sample_degradation
+from ..pictures import (
+    RECIPES,
+    PictureError,
+    degrade,
+    interpolate,
+    pad_to,
+    pictures_in,
+    read_picture,
+    resize,
+    sample_degradation,
+)
 from .config import ConfigError, DataConfig
 
 # What a random stream is for, so that none repeats another's draws.
@@ -51,7 +62,14 @@ class Pictures(Dataset):
         self.config, self.seed = config, seed
         self.files = [file for folder in config.folders for file in find_pictures(folder)]
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor, Tensor]:
+    def __getitem__(self, number: int) -> tuple[int, Tensor, Tensor] | PictureError:
+        """Return number, crop and degraded twin; a picture's error as a value, which leaves a worker in one line."""
+        try:
+            return self._sample(number)
+        except PictureError as error:
+            return error
+
+    def _sample(self, number: int) -> tuple[int, Tensor, Tensor]:
         epoch, place = divmod(number, len(self.files))
         order = rng_of(self.seed, ORDER, epoch).permutation(len(self.files))
         rng = rng_of(self.seed, CROP, number)
@@ -105,13 +123,30 @@ class Numbers(Sampler):
 def batches(pictures: Pictures, start: int, process: int = 0, processes: int = 1) -> Iterator[Batch]:
     """Yield this process's batches from the one numbered `start` on.
 
-    Batch k of all processes together holds the samples from k x processes x batch size on.
+    Batch k of all processes together holds the samples from k x processes x batch size on. Raises
+    PictureError for a file that cannot be read.
     """
     numbers = Numbers(start, pictures.config.batch, process, processes)
-    loader = DataLoader(pictures, batch_sampler=numbers, num_workers=pictures.config.workers, collate_fn=_stack)
-    yield from loader
+    loader = DataLoader(
+        pictures,
+        batch_sampler=numbers,
+        num_workers=pictures.config.workers,
+        collate_fn=_stack,
+        worker_init_fn=_leave_interrupts_to_the_first_process,
+    )
+    for batch in loader:
+        if isinstance(batch, PictureError):
+            raise batch
+        yield batch
 
 
-def _stack(items: Sequence[tuple[int, Tensor, Tensor]]) -> Batch:
+def _leave_interrupts_to_the_first_process(worker: int) -> None:
+    # A terminal's Ctrl-C reaches the workers too; without them the step in work could not be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _stack(items: Sequence[tuple[int, Tensor, Tensor] | PictureError]) -> Batch | PictureError:
+    if errors := [item for item in items if isinstance(item, PictureError)]:
+        return errors[0]
     numbers, sharp, low = zip(*items, strict=True)
     return Batch(tuple(numbers), torch.stack(sharp), torch.stack(low))
