@@ -43,7 +43,7 @@ def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(tmp_path):
     arguments = ["upscale", source, "--scale", 2, "--device", "cpu", "-o"]
     assert tudsr(*arguments, tmp_path / "whole").returncode == 0
     out, files = tmp_path / "out", [tmp_path / "said", tmp_path / "errors"]
-    computed = Counter()
+    computed, killed = Counter(), 0
     for _ in range(KILLS):
         files[0].write_text("", encoding="utf-8")
         child = start([*arguments, out], files)
@@ -52,10 +52,11 @@ def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(tmp_path):
         time.sleep(rng.uniform(0, 0.03 * PICTURES / KILLS))
         child.kill()
         child.join()
-        assert child.exitcode == -9, "it was through before it was killed"
+        killed += child.exitcode == -9  # else it was through before
         computed.update(begun(files[0].read_text("utf-8")))
         for path in out.glob("[!.]*.png"):
             Image.open(path).load()  # never torn
+    assert killed
     last = tudsr(*arguments, out)
     assert last.returncode == 0, last.stderr
     computed.update(begun(last.stdout))

@@ -57,8 +57,9 @@ def run_command(
     if dry_run:
         raise typer.Exit(1 if _show_plans(jobs, work) else 0)
     with ExitStack() as held:
-        settings, manifest = describe() if describe else {}, None
-        if describe and jobs[0].output != folder:
+        manifest, into_folder = None, describe is not None and jobs[0].output != folder
+        settings = describe() if describe and (into_folder or report) else {}  # it reads all weight files
+        if into_folder:
             folder.mkdir(parents=True, exist_ok=True)
             manifest = held.enter_context(open_manifest(folder, settings, work.output.overwrite))
         listener = Voice(len(jobs))
