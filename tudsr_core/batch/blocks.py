@@ -42,7 +42,7 @@ class BlockPlan:
         height, width = self.size
         memory = width * self.enlarged.tile_height * 16 / 2**30
         return [
-            f"{self.tiles.width} x {self.tiles.height} to {width} x {height} ({height * width / 1e9:.2f} gigapixels)",
+            f"{self.tiles.width} x {self.tiles.height} to {width} x {height} ({height * width / 1e6:,.0f} megapixels)",
             f"{len(self.tiles)} blocks of {self.tiles.tile_width * self.scale} x {self.tiles.tile_height * self.scale}",
             f"memory: about {memory:.1f} GiB for a row of blocks, and what one block takes",
         ]
