@@ -16,6 +16,7 @@ ABOUT = {
     "nodes/host": "ComfyUI's models, VAE, memory",
     "cli": "the tudsr command",
     "batch": "folders of pictures",
+    "degrading": "pictures made poor",
     "training": "data, loops",
     "evaluation": "metrics, the fixed measurement",
     "backends": "networks over diffusers",

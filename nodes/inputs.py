@@ -22,6 +22,7 @@ TILE_BATCH_SAYS = "A CPU computes one at a time. The picture does not depend on 
 TilePlanType = io.Custom("TILE_PLAN")
 PrompterType = io.Custom("TILE_PROMPTER")
 CFWType = io.Custom("CFW")
+DownsamplerType = io.Custom("DOWNSAMPLER")
 
 
 def float_input(name: str, default: float, tooltip: str, most: float, least: float = 0.0, **more: Any) -> io.Input:

@@ -14,7 +14,7 @@ OURS = ("tudsr_core", "nodes", "tests", "bench", "workflows")
 CORE = ROOT / "tudsr_core"
 
 # What each room may import from, itself aside; a room knows only rooms above it. `untrusted`,
-# `missing_packages`, `atomic_write`, `batch` and `_lazy` are rooms of one file.
+# `missing_packages`, `atomic_write`, `degrading` and `_lazy` are rooms of one file.
 ROOMS = {
     "_lazy": "",
     "missing_packages": "",
@@ -28,13 +28,14 @@ ROOMS = {
     "prompts": "untrusted assets pictures tiling",
     "methods": "untrusted atomic_write pictures tiling diffusion prompts",
     "weights": "untrusted atomic_write assets diffusion methods",
-    "models": "untrusted weights",
+    "models": "untrusted pictures weights",
     "backends": "untrusted tiling diffusion vae methods weights models",
-    "batch": "pictures methods",
+    "batch": "untrusted missing_packages atomic_write pictures methods",
+    "degrading": "atomic_write pictures models batch",
     "evaluation": "assets pictures methods",
     "training": "untrusted atomic_write pictures diffusion methods weights models backends evaluation",
-    "cli": "untrusted missing_packages pictures diffusion prompts methods weights models backends batch evaluation "
-    "training",
+    "cli": "untrusted missing_packages pictures diffusion prompts methods weights models backends batch degrading "
+    "evaluation training",
     "__main__": "missing_packages cli",
 }
 ONLY_INSIDE_FUNCTIONS = {

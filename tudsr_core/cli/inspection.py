@@ -8,7 +8,7 @@ from torch import nn
 
 from ..backends import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from ..diffusion import OneStep
-from ..models import TAGGER_FORMAT, load_stablesr, load_tagger, load_wrapping
+from ..models import DOWNSAMPLER_FORMAT, TAGGER_FORMAT, load_downsampler, load_stablesr, load_tagger, load_wrapping
 from ..weights import (
     MODEL_FORMAT,
     OWN_TITLE,
@@ -82,6 +82,10 @@ def _single(path: Path) -> Lines:
             return [("kind", f"whole model {model.name!r}"), ("steps", steps), ("stage two", _patch(model.second.unet))]
         if metadata.get("format") == TAGGER_FORMAT:
             return [("kind", f"tagger of {len(load_tagger(path).labels):,} tags (RAM, DAPE)")]
+        if metadata.get("format") == DOWNSAMPLER_FORMAT:
+            network = load_downsampler(path)
+            sees = {"pixel": "pixels alone", "latent": "one diffusion step on latents"}[network.config.kind]
+            return [("kind", f"learned downsampler ({sees})"), _size(network)]
         keys = list(file.keys())
     else:
         keys = [key for key, _ in stream(path)] if path.is_file() else []

@@ -9,5 +9,6 @@ __all__, __getattr__ = public_names(
     __name__,
     multi_step="ChainStep Respacing plan_steps respaced_timesteps",
     one_step="OneStep euler from_noise_level residual",
+    residual_shift="ResidualShift shift_schedule",
     schedule="NoiseSchedule comfy_start_scale scaled_linear",
 )

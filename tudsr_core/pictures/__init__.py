@@ -9,7 +9,7 @@ __all__, __getattr__ = public_names(
     __name__,
     color="COLOR_FIXES ColorFix match_color",
     degradations="clean mild random_mild",
-    files="FORMATS MAX_MEGAPIXELS Picture PictureError pictures_in",
+    files="FORMATS MAX_MEGAPIXELS NoRoomError Picture PictureError pictures_in",
     reading="read_picture",
     real_esrgan="RECIPES Degradation Recipe degrade interpolate sample_degradation",
     tensors="join_alpha luma pad_to pad_to_multiple resize split_alpha",
