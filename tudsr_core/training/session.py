@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .colearn_config import ColearnConfig
 from .config import ConfigError, TrainingConfig
 from .export import export
 from .networks import is_model_file
@@ -35,7 +36,7 @@ class Outcome:
 class Log:
     """Numbers by step: a line of JSON each in `log.jsonl`, and TensorBoard's files where it is installed."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig | ColearnConfig) -> None:
         config.output.mkdir(parents=True, exist_ok=True)
         self.path = config.output / "log.jsonl"
         self.board = self._open_board(config.output / "tensorboard") if config.run.tensorboard else None
