@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tudsr_core.models.discriminator import BlurPool, Discriminator, make_head
+from tudsr_core.models.discriminator import BlurPool, Discriminator, PatchCritic, make_head
 from tudsr_core.models.features import Scratch
 
 # Of OMGSR's heads at 512: side and channels of a map, then the widths and strides of the convolutions.
@@ -75,3 +75,21 @@ def test_only_heads_train_but_the_picture_gets_a_gradient(noise):
     picture = noise(1, 3, 32, 32).requires_grad_()
     sum(x.sum() for x in critic(picture)).backward()
     assert picture.grad.abs().sum() > 0
+
+
+def test_the_patch_critic_sees_34_pixels_at_every_place_and_has_norms_of_one(noise):
+    torch.manual_seed(0)
+    critic = PatchCritic(4)
+    pictures = noise(1, 3, 96, 96).requires_grad_()
+    (logits,) = critic(pictures)
+    logits[0, 0, 12, 12].backward()
+    seen = pictures.grad.abs().sum((0, 1)).nonzero()
+    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [34, 34]
+    for _ in range(30):
+        critic.refresh()
+    weights = [module.weight.detach() for module in critic.heads if isinstance(module, torch.nn.Conv2d)]
+    assert all(float(torch.linalg.matrix_norm(one.flatten(1), 2)) == pytest.approx(1, abs=1e-2) for one in weights)
+    before = [value.clone() for value in critic.state_dict().values()]
+    critic.train()(pictures)
+    assert all(torch.equal(a, b) for a, b in zip(before, critic.state_dict().values(), strict=True))
+    assert critic(noise(1, 3, 16, 16))[0].shape == (1, 1, 4, 4)

@@ -6,24 +6,30 @@ import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .console import PATH, Device, DeviceOption, complain, err, one_line_errors, out
 
+if TYPE_CHECKING:
+    from ..training import Outcome
+
 ConfigFile = Annotated[Path, typer.Argument(**PATH, help="A TOML file of settings; see docs/training.md.")]
 ResumeOption = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the output folder.")]
 DamageName = Enum("DamageName", {name: name for name in ("omgsr", "real-esrgan")}, type=str)
 SHOWN = ("mae", "dists", "adversarial", "critic_fake", "critic_real", "skipped")
+SHOWN += ("teacher", "pixel", "cycle", "down_adversarial", "low_frequency")
 
 
 def add_training_commands(app: typer.Typer) -> None:
     """Give `app` the commands."""
-    group = typer.Typer(help="Train adapters on your own pictures.", no_args_is_help=True)
+    group = typer.Typer(help="Train adapters and downsamplers on your own pictures.", no_args_is_help=True)
     group.command("stage-one")(one_line_errors(stage_one))
     group.command("stage-two")(one_line_errors(stage_two))
+    group.command("downsampler")(one_line_errors(downsampler))
+    group.command("colearn")(one_line_errors(colearn))
     app.add_typer(group, name="train")
     app.command()(one_line_errors(timestep))
 
@@ -38,10 +44,33 @@ def stage_two(config: ConfigFile, resume: ResumeOption = False) -> None:
     _train(config, 2, resume)
 
 
+def downsampler(config: ConfigFile, resume: ResumeOption = False) -> None:
+    """Train a downsampler on good and on poor pictures: tudsr train downsampler downsampler.toml"""
+    from ..training import read_colearn, train_colearn
+
+    settings = read_colearn(config, "downsampler")
+    _watch(settings.steps, lambda *reporters: train_colearn(settings, resume, *reporters))
+
+
+def colearn(config: ConfigFile, resume: ResumeOption = False) -> None:
+    """Train an upsampler and a downsampler together, for one kind of damage: tudsr train colearn colearn.toml"""
+    from ..training import read_colearn, train_colearn
+
+    settings = read_colearn(config, "colearn")
+    _watch(settings.steps, lambda *reporters: train_colearn(settings, resume, *reporters))
+
+
 def _train(path: Path, stage: int, resume: bool) -> None:
-    from ..training import TrainingError, read_config, train
+    from ..training import read_config, train
 
     config = read_config(path, stage)
+    _watch(config.optimizer.steps, lambda *reporters: train(config, stage, resume, *reporters))
+
+
+def _watch(steps: int, run: Callable[..., Outcome]) -> None:
+    """Run a training with a progress bar, and print what it has written."""
+    from ..training import TrainingError
+
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -52,7 +81,7 @@ def _train(path: Path, stage: int, resume: bool) -> None:
     shown = err.is_terminal and os.environ.get("RANK", "0") == "0"
     try:
         with Progress(*columns, console=err, disable=not shown) as bar:
-            outcome = train(config, stage, resume, *_reporters(bar, config.optimizer.steps))
+            outcome = run(*_reporters(bar, steps))
     except TrainingError as error:
         complain(error)
         raise typer.Exit(1) from None

@@ -9,7 +9,7 @@ __all__, __getattr__ = public_names(
     __name__,
     cfw="FeatureWrapping load_wrapping",
     dape="RAM_FILE TAGGER_FORMAT load_tagger write_tagger",
-    discriminator="Discriminator",
+    discriminator="Discriminator PatchCritic",
     downsampler="DOWNSAMPLER_FORMAT Downsampler DownsamplerConfig load_downsampler on_sphere shrink write_downsampler",
     embedded="AutoencoderDC UNet load_networks make_unet make_vae",
     features="EXTRACTORS Features load_features",

@@ -70,11 +70,48 @@ class Discriminator(nn.Module):
         maps = self.features(pictures * 0.5 + 0.5)
         return [head(one) for head, one in zip(self.heads, maps, strict=True)]
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Take one power iteration for every spectral norm."""
-        for module in self.heads.modules():
-            if isinstance(module, nn.Conv2d):
-                module.parametrizations.train()
-                module.weight  # noqa: B018 - computing it is what takes the step
-                module.parametrizations.eval()
+        _refresh(self.heads)
+
+
+class PatchCritic(nn.Module):
+    """Logits `B 1 h w` of patches of 34 x 34 pixels, for small pictures `B 3 H W` in -1..1 of any size from 16 up.
+
+    A PatchGAN (Isola et al. 2017) whose first layers keep the size: noise and the edges of JPEG's blocks, which are
+    what it has to tell apart, lie in single pixels. Pictures are never resized for it. Spectral norms as in
+    `Discriminator`.
+    """
+
+    LAYERS = ((3, 1, 1), (3, 1, 1), (4, 2, 2), (3, 1, 2), (4, 2, 4), (3, 1, 4))  # kernel, stride, times the width
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        layers, before = [], 3
+        for kernel, stride, times in self.LAYERS:
+            convolution = nn.Conv2d(before, width * times, kernel, stride, 1)
+            layers += [spectral_norm(convolution), nn.LeakyReLU(0.2)]
+            before = width * times
+        self.heads = nn.Sequential(*layers, spectral_norm(nn.Conv2d(before, 1, 3, 1, 1)))
+        self.eval()
+
+    def train(self, mode: bool = True) -> PatchCritic:
+        """Stay in eval mode, whatever `mode` is."""
+        return super().train(False)
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """Return the logits, as a list of one."""
+        return [self.heads(pictures)]
+
+    def refresh(self) -> None:
+        """Take one power iteration for every spectral norm."""
+        _refresh(self.heads)
+
+
+@torch.no_grad()
+def _refresh(heads: nn.Module) -> None:
+    for module in heads.modules():
+        if isinstance(module, nn.Conv2d):
+            module.parametrizations.train()
+            module.weight  # noqa: B018 - computing it is what takes the step
+            module.parametrizations.eval()

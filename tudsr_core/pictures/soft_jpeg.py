@@ -53,6 +53,13 @@ def soft_jpeg(image: Tensor, quality: float) -> Tensor:
     return (rgb.clamp(0, 255) / 255)[..., :height, :width].to(image.dtype)
 
 
+def jpeg_with_gradient(image: Tensor, quality: float) -> Tensor:
+    """Return `soft_jpeg` of `image`, whose rounding, here alone, has a gradient of 1."""
+    with torch.no_grad():
+        change = soft_jpeg(image, quality) - image
+    return image + change
+
+
 def _quantised(planes: Tensor, table: tuple[tuple[int, ...], ...], scale: float) -> Tensor:
     dct = _dct().to(planes)
     steps = planes.new_tensor(table) * scale

@@ -223,7 +223,7 @@ class TrainingConfig:
 
     def said(self) -> dict[str, Any]:
         """Return all settings as plain values, paths by their last name, for the exported adapter."""
-        return _plain(asdict(replace(self, model=replace(self.model, base=Path(self.model.base).name))))
+        return plain_values(asdict(replace(self, model=replace(self.model, base=Path(self.model.base).name))))
 
 
 # What differs from the defaults above in stage two (TUDSR sec. 4.1: t = 50, N = 2, 3500 steps; x8 = 4 x 2).
@@ -238,10 +238,18 @@ def read_config(path: Path, stage: int) -> TrainingConfig:
 
     Raises ConfigError for anything unknown, missing, of another kind or out of range.
     """
+    return _of_stage(read_sections(TrainingConfig, path, STAGE_DEFAULTS[stage]), stage, path)
+
+
+def read_sections(whole: type, path: Path, defaults: dict[str, dict[str, Any]]) -> Any:
+    """Return the TOML file as the frozen dataclass `whole`, whose fields are sections or plain values.
+
+    `defaults` replace those of the sections. Raises ConfigError as `read_config` does.
+    """
     tables = parse_toml(path)
     where = str(path)
-    kinds = {one.name: one.type for one in fields(TrainingConfig)}
-    sections = get_type_hints(TrainingConfig)
+    kinds = {one.name: one.type for one in fields(whole)}
+    sections = get_type_hints(whole)
     _only(tables, kinds, where)
     values: dict[str, Any] = {}
     for name, kind in sections.items():
@@ -249,11 +257,11 @@ def read_config(path: Path, stage: int) -> TrainingConfig:
             if name in tables:
                 values[name] = _value(kind, tables[name], f"{where}: {name}", path.parent)
             continue
-        defaults = STAGE_DEFAULTS[stage].get(name, {})
-        values[name] = _section(kind, tables.get(name, {}), defaults, f"{where}, [{name}]", path.parent)
+        own = defaults.get(name, {})
+        values[name] = _section(kind, tables.get(name, {}), own, f"{where}, [{name}]", path.parent)
     if "output" not in values:
         raise ConfigError(f"{where} lacks 'output', the folder to write to")
-    return _of_stage(TrainingConfig(**values), stage, path)
+    return whole(**values)
 
 
 def parse_toml(path: Path) -> dict[str, Any]:
@@ -325,14 +333,18 @@ def _of_stage(config: TrainingConfig, stage: int, path: Path) -> TrainingConfig:
         raise ConfigError(f"{path}: chunks and stage_one belong to stage two")
     if stage == 2 and config.data.chunks < 2:
         raise ConfigError(f"{path}: stage two needs chunks of 2 or more")
-    if config.model.base == EMBEDDED:
-        return config
-    return replace(config, model=replace(config.model, base=str(path.parent / config.model.base)))
+    return replace(config, model=found_base(config.model, path.parent))
 
 
-def _plain(value: Any) -> Any:
+def found_base(model: ModelConfig, folder: Path) -> ModelConfig:
+    """Return `model` with its base below `folder`, unless it is the shipped one."""
+    return model if model.base == EMBEDDED else replace(model, base=str(folder / model.base))
+
+
+def plain_values(value: Any) -> Any:
+    """Return settings as JSON has them, paths by their last name."""
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: plain_values(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain_values(inner) for inner in value]
     return value.name if isinstance(value, Path) else value

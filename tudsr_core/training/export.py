@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..weights import UNET_FOLDER, embedded_path, read_adapter, read_model, write_adapter, write_model
+from .colearn_config import ColearnConfig
 from .config import EMBEDDED, TrainingConfig
 from .networks import Restorer, is_model_file
 
 
-def export(network: Restorer, config: TrainingConfig, stage: int, steps: int) -> list[Path]:
+def export(network: Restorer, config: TrainingConfig | ColearnConfig, stage: int, steps: int) -> list[Path]:
     """Write the adapter of `network` into the output folder and return what was written.
 
     Always a folder `adapter` in OMGSR's and TUDSR's layout. Behind SD2.1-base a file

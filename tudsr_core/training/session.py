@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .colearn_config import ColearnConfig
 from .config import ConfigError, TrainingConfig
 from .export import export
 from .networks import is_model_file
@@ -34,7 +36,7 @@ class Outcome:
 class Log:
     """Numbers by step: a line of JSON each in `log.jsonl`, and TensorBoard's files where it is installed."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig | ColearnConfig) -> None:
         config.output.mkdir(parents=True, exist_ok=True)
         self.path = config.output / "log.jsonl"
         self.board = self._open_board(config.output / "tensorboard") if config.run.tensorboard else None
@@ -48,9 +50,10 @@ class Log:
         return SummaryWriter(str(folder))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Add the numbers of one step."""
+        """Add the numbers of one step; JSON has no infinity and no NaN, they are null there."""
+        plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in numbers.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | {name: round(value, 6) for name, value in numbers.items()}) + "\n")
+            file.write(json.dumps({"step": step} | plain) + "\n")
         for name, value in numbers.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 

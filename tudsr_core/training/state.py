@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..untrusted import parse_json, shown
 from ..weights import CheckpointError, read_file, write_file
+from .colearn_config import ColearnConfig
 from .config import ConfigError, TrainingConfig
 
 FORMAT = "tudsr-training/1"
@@ -21,22 +22,24 @@ FORMAT = "tudsr-training/1"
 FREE_SECTIONS = ("output", "validation")
 FREE = {
     ("optimizer", "steps"),
+    ("phases", "real"),
+    ("phases", "joint"),
     ("data", "workers"),
     *(("run", name) for name in ("gradient_checkpointing", "save_every", "keep", "patience", "tensorboard")),
 }
 
 
-def folder_of(config: TrainingConfig) -> Path:
+def folder_of(config: TrainingConfig | ColearnConfig) -> Path:
     """Return the folder of the checkpoints."""
     return config.output / "checkpoints"
 
 
-def saved_steps(config: TrainingConfig) -> list[Path]:
+def saved_steps(config: TrainingConfig | ColearnConfig) -> list[Path]:
     """Return the checkpoints there are, oldest first; unfinished ones have other names and do not count."""
     return sorted(folder_of(config).glob("step-*.safetensors"))
 
 
-def save_state(config: TrainingConfig, step: int, parts: dict[str, dict[str, Tensor]]) -> Path:
+def save_state(config: TrainingConfig | ColearnConfig, step: int, parts: dict[str, dict[str, Tensor]]) -> Path:
     """Write `parts` (tensors by name) as the checkpoint of `step`, and remove all but the newest ones."""
     folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +54,7 @@ def save_state(config: TrainingConfig, step: int, parts: dict[str, dict[str, Ten
     return path
 
 
-def load_state(config: TrainingConfig, path: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
+def load_state(config: TrainingConfig | ColearnConfig, path: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
     """Return `(step, parts)` of a checkpoint. Raises CheckpointError, and ConfigError if settings have changed."""
     file = read_file(path)
     if file.metadata.get("format") != FORMAT:

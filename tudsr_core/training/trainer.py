@@ -100,7 +100,7 @@ class Trainer:
         A checkpoint is written every `save_every` steps, at the end and when interrupted. `after_step` is
         called on every process. Raises TrainingError when the loss stays without a number.
         """
-        with self._interrupts():
+        with interrupts(self._interrupt):
             stream = self._stream()
             while self.step < self.config.optimizer.steps and not self.stopping:
                 numbers = self.take_step([next(stream) for _ in range(self.config.chunks_per_step)])
@@ -128,7 +128,7 @@ class Trainer:
                     sums[name] = sums.get(name, 0) + value.detach().float() / len(chunks)
         numbers = self._shared(sums)
         self.step += 1
-        if all(map(_is_number, numbers.values())) and self._step_optimizers(numbers):
+        if all(map(is_number, numbers.values())) and self._step_optimizers(numbers):
             self.skipped = 0
             return numbers
         self._zero()
@@ -176,7 +176,7 @@ class Trainer:
             pairs.append(("critic_norm", self.critic_module.heads.parameters(), self.critic_optimizer))
         for name, parameters, _ in pairs:
             numbers[name] = float(nn.utils.clip_grad_norm_(list(parameters), clip))
-        if not all(_is_number(numbers[name]) for name, _, _ in pairs):
+        if not all(is_number(numbers[name]) for name, _, _ in pairs):
             return False
         for _, _, optimizer in pairs:
             optimizer.step()
@@ -238,24 +238,29 @@ class Trainer:
         finally:
             self.average.restore(self.parameters.values())
 
-    @contextmanager
-    def _interrupts(self) -> Iterator[None]:
-        """Let the first Ctrl-C or SIGTERM end the training after its step; a second one ends it at once."""
-
-        def stop(number: int, frame: object) -> None:
-            self.interrupted = True
-            for kind, old in before.items():
-                signal.signal(kind, old)
-
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for kind, old in before.items():
-                signal.signal(kind, old)
+    def _interrupt(self) -> None:
+        self.interrupted = True
 
 
-def _is_number(value: float) -> bool:
+@contextmanager
+def interrupts(note: Callable[[], None]) -> Iterator[None]:
+    """Let `note` be told of the first Ctrl-C or SIGTERM in the block; a second one ends it at once."""
+
+    def stop(number: int, frame: object) -> None:
+        note()
+        for kind, old in before.items():
+            signal.signal(kind, old)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for kind, old in before.items():
+            signal.signal(kind, old)
+
+
+def is_number(value: float) -> bool:
+    """Return whether `value` is finite."""
     return abs(value) < float("inf")
