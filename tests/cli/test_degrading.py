@@ -8,8 +8,9 @@ import torch
 from command import tudsr
 from PIL import Image
 
+from tudsr_core.cli.degrading import RECIPE_NAMES
 from tudsr_core.models.downsampler import Downsampler, DownsamplerConfig, load_downsampler, write_downsampler
-from tudsr_core.pictures import clean, read_picture
+from tudsr_core.pictures import RECIPES, clean, read_picture
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,10 @@ def test_what_cannot_be_done_is_said_in_one_line(files, tmp_path):
     done = tudsr("degrade", good, *out, *down)
     assert done.returncode == 1 and "x.degraded.json already exists; use --force" in done.stderr
     assert tudsr("degrade", good, *out, *down, "--force").returncode == 0 and said(tmp_path / "x.png")["seed"] == 0
+
+
+def test_every_recipe_can_be_asked_for():
+    assert set(RECIPE_NAMES) == set(RECIPES)
 
 
 def test_inspect_names_a_downsampler(files):

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from ..pictures import FORMATS, RECIPES
 from .batches import run_command
 from .console import (
     PATH,
@@ -23,7 +22,8 @@ from .console import (
     one_line_errors,
 )
 
-RecipeName = Enum("RecipeName", {name: name for name in RECIPES}, type=str)
+RECIPE_NAMES = ("omgsr", "real-esrgan")  # spelled out: what knows them loads torch
+RecipeName = Enum("RecipeName", {name: name for name in RECIPE_NAMES}, type=str)
 
 
 def add_degrade_command(app: typer.Typer) -> None:
@@ -59,6 +59,7 @@ def degrade(
     from ..batch import Output, Work, describe_run, plan_jobs
     from ..degrading import Classical, Degrader, Learned, beside
     from ..methods import Target
+    from ..pictures import FORMATS
 
     if (downsampler is None) == (recipe is None):
         raise ValueError("give either --downsampler with a file, or --recipe with omgsr or real-esrgan")
