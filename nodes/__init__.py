@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 NODES = (
     ("loaders", "LoadEmbedded LoadAdapter"),
     ("upscale", "Upscale StageOne StageTwo"),
+    ("folders", "UpscaleFolder LoadFromFolder SaveWithSourceName"),
     ("plan", "Plan"),
     ("one_step", "OneStepSigmas OneStepLatent"),
     ("multidiffusion", "MultiDiffusion"),

@@ -12,6 +12,7 @@ from ..tudsr_core.tiling import TilePlan, fit_overlap, plan_tiles
 from .host.exact_vae import ExactVAE
 from .host.model_files import find_weights, fingerprint, is_there, list_weights
 from .host.stablesr import ManagedStableSR, StableSRType, steered_sigmas, with_picture
+from .host.stages import check_companions
 from .images import rgb
 from .inputs import (
     CATEGORY,
@@ -30,7 +31,6 @@ from .vae import progress
 DEFAULTS = StableSROptions()
 FOLDER = "stablesr"
 NOTHING = "(put StableSR's file into models/tudsr)"
-MULTIPLE = 8
 MAX_STEPS = 1000
 
 
@@ -144,12 +144,14 @@ class ApplyStableSR(io.ComfyNode):
         long_edge=0,
     ) -> io.NodeOutput:
         steered = stablesr.apply(model)
+        for conditioning in (positive, negative):
+            check_companions(model, vae, conditioning)
         exact, pixels = ExactVAE(vae), rgb(image)
         wanted = target_from(scale, width, height, long_edge).size_for(tuple(pixels.shape[-2:]))
         if wanted[0] * wanted[1] > MAX_PIXELS:
             raise ValueError(f"{wanted[1]} x {wanted[0]} has more than {MAX_PIXELS:,} pixels; enlarge less")
         enlarged = resize(pixels, wanted).clamp(0, 1)
-        padded, _ = pad_to_multiple(enlarged, MULTIPLE)
+        padded, _ = pad_to_multiple(enlarged, exact.scale)
         on_tile = progress(len(padded) * exact.tiled.count("encoder", tuple(padded.shape[-2:])))
         z = exact.encode(padded, on_tile)
         plan = tile_prompts.plan if tile_prompts else _plan(z, tile, overlap, exact.scale)
@@ -191,7 +193,7 @@ class StableSRSigmas(io.ComfyNode):
                     default=DEFAULTS.sample.steps,
                     min=1,
                     max=MAX_STEPS,
-                    tooltip="200 are the authors'; 20 to 50 are often enough. 4 for SD-Turbo: more make it blurrier.",
+                    tooltip="200 are the authors', 20 with the 768 model, 4 with SD-Turbo. Fewer are faster.",
                 ),
                 float_input(
                     "strength",

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 TUDSR = [sys.executable, "-m", "tudsr_core"]
@@ -36,18 +37,25 @@ def _run(arguments: list[str], folder: str, env: dict[str, str], files: list[str
     main()
 
 
-def tudsr(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end; returns its code and what it printed."""
+def start(arguments: list[object], files: list[Path], env: dict[str, str] | None = None) -> BaseProcess:
+    """Start the command; what it prints goes into two `files`, out and err."""
     words = [str(word) for word in arguments]
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(HEAVY)
+    for path in files:
+        path.touch()
+    names = [str(path) for path in files]
+    child = context.Process(target=_run, args=(words, os.getcwd(), dict(env or os.environ), names))
+    child.start()
+    return child
+
+
+def tudsr(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; returns its code and what it printed."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [str(Path(folder, name)) for name in ("out", "err")]
-        for path in files:
-            Path(path).touch()
-        child = context.Process(target=_run, args=(words, os.getcwd(), dict(env or os.environ), files))
-        child.start()
+        files = [Path(folder, name) for name in ("out", "err")]
+        child = start(list(arguments), files, env)
         child.join()
-        out, err = (Path(path).read_text("utf-8") for path in files)
-    return subprocess.CompletedProcess([*TUDSR, *words], child.exitcode, out, err)
+        out, err = (path.read_text("utf-8") for path in files)
+    return subprocess.CompletedProcess([*TUDSR, *map(str, arguments)], child.exitcode, out, err)

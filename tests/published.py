@@ -265,6 +265,33 @@ def two_stages(one: Path, two: Path, image: Tensor) -> Tensor:
     )
 
 
+def trained(folder: Path, image: Tensor) -> tuple[Path, Tensor]:
+    """Train stage one for a few steps, export it, and return the single file and the trainer's own picture at x4."""
+    import shutil
+
+    from tudsr_core.diffusion.one_step import from_noise_level
+    from tudsr_core.pictures.tensors import resize
+    from tudsr_core.training.config import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+    from tudsr_core.training.export import export
+    from tudsr_core.training.networks import Restorer, add_lora
+
+    unet, vae = networks()
+    torch.manual_seed(3)
+    network = Restorer(vae, add_lora(unet, LoraConfig(4, 4.0)), inputs()["text"][:1], from_noise_level(200))
+    large = resize(image, (4 * image.shape[-2], 4 * image.shape[-1])).clamp(0, 1)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(3):
+        (network(large) - large.flip(1)).abs().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    config = TrainingConfig(folder / "run", ModelConfig("sd21"), DataConfig((folder,)))
+    _, file = export(network, config, 1, 3)
+    moved = shutil.move(file, folder / "trained.safetensors")
+    shutil.move(folder / "run" / "adapter", folder / "trained-folder")
+    with torch.no_grad():
+        return moved, network(large)
+
+
 def write_for_comfyui(folder: Path) -> Path:
     """Write every format, the base in the original checkpoints' layout, the inputs and the wanted outputs."""
     made, (unet, vae) = write_all(folder), networks()
@@ -277,6 +304,7 @@ def write_for_comfyui(folder: Path) -> Path:
     for timesteps in ((199,), (199, 99, 49)):
         picture = invsr_picture(unet, made["invsr"].path, timesteps, waves(24, 32), 5)
         wanted[f"invsr.{len(timesteps)}"] = picture
+    wanted["trained"] = trained(folder, waves(24, 32))[1]
     second = omgsr(folder / "second", seed=11).path
     wanted["two stages"] = two_stages(made["omgsr"].path, second, waves(24, 32))
     write_stablesr(folder / "stablesr.safetensors", unet, wanted)

@@ -47,13 +47,7 @@ def write(root: Path) -> None:
     CLIPTextModel(CLIPTextConfig(**SMALL_TEXT)).save_pretrained(root / "base" / "text_encoder")
     noise = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     DDPMScheduler(**noise).save_pretrained(root / "base" / "scheduler")
-    tokenizer = root / "base" / "tokenizer"
-    tokenizer.mkdir()
-    words = {"!": 0, "a</w>": 1, "b</w>": 2, "a": 3, "b": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}
-    (tokenizer / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "!"}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    write_tokenizer(root / "base" / "tokenizer")
     for name in ("one", "two"):
         targets = ["conv1", "conv2", "to_q", "to_v", "to_out.0", "conv_in"]
         adapted = get_peft_model(unet, LoraConfig(r=4, lora_alpha=4, target_modules=targets))
@@ -62,3 +56,13 @@ def write(root: Path) -> None:
                 torch.nn.init.normal_(parameter, std=0.1)
         adapted.save_pretrained(root / name / "unet_lora_adapter")
         unet = adapted.unload()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of seven words, in CLIP's form."""
+    folder.mkdir()
+    words = {"!": 0, "a</w>": 1, "b</w>": 2, "a": 3, "b": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}
+    (folder / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "!"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -4,12 +4,16 @@ import io
 
 import pytest
 import torch
+import typer
 from PIL import Image
+from plain_upscaler import Bicubic
 from rich.console import Console
 
-from tudsr_core.batch import Job, OpenJob, Output, open_job, plan_jobs
+from tudsr_core.batch import Job, Output, Work, open_job, plan_jobs
 from tudsr_core.cli import console
-from tudsr_core.pictures.files import Picture, PictureError
+from tudsr_core.cli.batches import run_command
+from tudsr_core.methods import Target
+from tudsr_core.pictures.files import PictureError
 
 
 @pytest.fixture
@@ -81,79 +85,88 @@ def printed(monkeypatch):
     return lambda name: kept[name].file.getvalue()
 
 
-def run(tmp_path, names, failing=(), error=ValueError, **options):
-    """Run jobs that only write a byte; the failing ones raise."""
-
-    class Plan:
-        def describe(self):
-            return ["2 x 2"]
-
-    def open_one(job):
-        if job.source.name in failing:
-            raise error(f"{job.source.name} is damaged")
-        return OpenJob(job, Picture(torch.zeros(1, 3, 2, 2)), Plan())
-
-    def finish_one(opened, tick):
-        tick(1, 1, None)
-        opened.job.output.write_bytes(b"x")
-        return opened.picture
-
+def run(tmp_path, names, before=lambda number: None, settings=None, **options):
+    """Run jobs over small pictures into `out`; returns the exit code. Names with "bad" are no pictures."""
+    for index, name in enumerate(names):
+        path = tmp_path / name
+        if not path.exists():
+            path.write_bytes(b"x") if "bad" in name else Image.new("RGB", (2, 2), (index, 0, 0)).save(path)
     jobs = [Job(tmp_path / name, tmp_path / "out" / name) for name in names]
     (tmp_path / "out").mkdir(exist_ok=True)
-    return console.run_jobs(jobs, open_one, finish_one, **options)
+    upscaler = Bicubic(before)
+    work = Work(lambda job: upscaler, Target(scale=2), Output(overwrite=options.pop("overwrite", False)))
+    try:
+        run_command(jobs, tmp_path / "out", work, lambda: settings or {"scale": 2}, **options)
+    except typer.Exit as ended:
+        return ended.exit_code
+    return 0
 
 
 def test_a_run_counts_its_pictures_and_sums_up(tmp_path, printed):
-    names = [f"{index}.png" for index in range(12)]
-    assert run(tmp_path, names, failing=names[3:5]) == 2
+    names = [f"{index}.png" for index in range(10)]
+    assert run(tmp_path, [*names[:3], "bad.png", "bad2.png", *names[3:]]) == 1
     said = printed("out")
-    assert f"12 of 12: {tmp_path / '11.png'} -> " in said
-    assert said.splitlines()[-1] == "12 pictures: 10 written, 2 failed (3.png, 4.png), in 0 s"
-    assert printed("err").splitlines() == ["error: 3.png is damaged", "error: 4.png is damaged"]
+    assert f"12 of 12: {tmp_path / '9.png'} -> " in said
+    assert said.splitlines()[-1] == "12 pictures: 10 written, 2 failed (bad.png, bad2.png), in 0 s"
+    first, second = printed("err").splitlines()
+    assert first.startswith(f"error: {tmp_path / 'bad.png'}: this is not a picture")
+    assert second.startswith(f"error: {tmp_path / 'bad2.png'}: this is not a picture")
 
 
-def test_finished_pictures_are_kept_without_an_error(tmp_path, printed):
-    run(tmp_path, ["a.png", "b.png"])
+def test_files_that_no_run_wrote_are_kept_without_an_error(tmp_path, printed):
+    (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.png").write_bytes(b"mine")
-    assert run(tmp_path, ["a.png", "b.png", "c.png"], keep=True) == 0
+    assert run(tmp_path, ["a.png", "b.png", "c.png"]) == 0
     assert (tmp_path / "out" / "a.png").read_bytes() == b"mine"
     assert f"1 of 3: {tmp_path / 'out' / 'a.png'} is there already and kept" in printed("out")
     last = printed("out").splitlines()[-1]
-    assert last == "3 pictures: 2 kept, 1 written, in 0 s; --force replaces what is there"
+    assert last == "3 pictures: 1 kept, 2 written, in 0 s; --force replaces what is there"
     assert printed("err") == ""
+    assert run(tmp_path, ["a.png", "b.png", "c.png"], overwrite=True) == 0
+    assert Image.open(tmp_path / "out" / "a.png").size == (4, 4)
 
 
 def test_one_picture_is_not_counted_and_a_dry_run_writes_nothing(tmp_path, printed):
     run(tmp_path, ["a.png"])
     assert "1 of 1" not in printed("out") and "pictures:" not in printed("out")
-    run(tmp_path, ["b.png", "c.png"], dry_run=True)
-    assert printed("out").splitlines()[-1] == "2 pictures: 2 planned, in 0 s"
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+    assert run(tmp_path, ["b.png", "bad.png", "c.png"], dry_run=True) == 1
+    assert printed("out").splitlines()[-1] == "3 pictures: 2 planned, 1 failed"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "tudsr-run.jsonl"]
 
 
-def test_an_interrupt_sums_up_too(tmp_path, printed):
+def raising(error, at=1):
+    def before(number):
+        if number == at:
+            raise error
+
+    return before
+
+
+def test_an_interrupt_sums_up_too_and_loses_nothing_that_was_computed(tmp_path, printed):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, ["a.png", "b.png", "c.png"], failing=["b.png"], error=KeyboardInterrupt)
-    assert printed("out").splitlines()[-1] == "3 pictures: 1 written, 2 not begun or not finished, in 0 s"
+        run(tmp_path, ["a.png", "b.png", "c.png"], raising(KeyboardInterrupt(), 2))
+    last = printed("out").splitlines()[-1]
+    assert last.startswith("3 pictures: 1 written, 2 not begun or not finished, in 0 s; the same command goes on")
+    assert run(tmp_path, ["a.png", "b.png", "c.png"]) == 0
+    assert printed("out").splitlines()[-1] == "3 pictures: 1 done before, 2 written, in 0 s"
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, RuntimeError])
 def test_a_picture_too_large_for_the_memory_does_not_end_the_run(tmp_path, printed, error):
-    assert (
-        run(tmp_path, ["a.png", "b.png"], ["a.png"], lambda _: error("DefaultCPUAllocator: can't allocate memory")) == 1
-    )
+    assert run(tmp_path, ["a.png", "b.png"], raising(error("DefaultCPUAllocator: can't allocate memory"))) == 1
     assert printed("err") == f"error: {tmp_path / 'a.png'} needs more memory than there is\n"
+    assert "2 pictures: 1 failed" not in printed("out")
     assert "2 pictures: 1 written, 1 failed (a.png)" in printed("out")
 
 
-def test_our_own_mistakes_are_not_hidden(tmp_path, printed):
-    with pytest.raises(RuntimeError, match="a.png"):
-        run(tmp_path, ["a.png"], ["a.png"], RuntimeError)
+def test_our_own_mistakes_are_not_hidden_and_do_not_end_the_run(tmp_path, printed):
+    with pytest.raises(RuntimeError, match="a slip"):
+        run(tmp_path, ["a.png", "b.png"], raising(RuntimeError("a slip")))
+    assert "2 pictures: 1 written, 1 failed (a.png)" in printed("out")
 
 
 def test_names_and_messages_cannot_command_the_terminal(tmp_path, printed):
-    evil = "a\x1b[31m\r\u202e[red].png"
-    run(tmp_path, [evil, "b.png"], failing=["b.png"], error=lambda text: ValueError(f"\x1b]0;{text}\n\x07"))
+    run(tmp_path, ["a\x1b[31m\r\u202e[red].png", "b.png"], raising(ValueError("\x1b]0;b.png\n\x07"), 2))
     said = printed("out") + printed("err")
     assert "\\x1b[31m" in said and "[red].png" in said
     assert all(line.isprintable() for line in said.splitlines())

@@ -14,7 +14,7 @@ OURS = ("tudsr_core", "nodes", "tests", "bench", "workflows")
 CORE = ROOT / "tudsr_core"
 
 # What each room may import from, itself aside; a room knows only rooms above it. `untrusted`,
-# `missing_packages`, `atomic_write`, `batch`, `degrading` and `_lazy` are rooms of one file.
+# `missing_packages`, `atomic_write`, `degrading` and `_lazy` are rooms of one file.
 ROOMS = {
     "_lazy": "",
     "missing_packages": "",
@@ -30,7 +30,7 @@ ROOMS = {
     "weights": "untrusted atomic_write assets diffusion methods",
     "models": "untrusted pictures weights",
     "backends": "untrusted tiling diffusion vae methods weights models",
-    "batch": "pictures methods",
+    "batch": "untrusted missing_packages atomic_write pictures methods",
     "degrading": "atomic_write pictures models batch",
     "evaluation": "assets pictures methods",
     "training": "untrusted atomic_write pictures diffusion methods weights models backends evaluation",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,19 +18,9 @@ from torch import Tensor
 
 from . import __version__
 from .atomic_write import temporary_beside
-from .batch import Job, Output
+from .batch import Job
 from .models import Downsampler, load_downsampler
-from .pictures import (
-    RECIPES,
-    Picture,
-    check_free,
-    check_output,
-    degrade,
-    read_picture,
-    sample_degradation,
-    writable,
-    write_picture,
-)
+from .pictures import RECIPES, degrade, read_picture, sample_degradation
 
 BESIDE = ".degraded.json"
 Tick = Callable[[int, int, object], None]
@@ -80,46 +70,42 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class OpenDegradation:
-    """A job whose picture was read and whose result can be made and written."""
+class DegradePlan:
+    """How large the poor picture will be."""
 
-    job: Job
-    picture: Picture
-    seed: int
-    damage: Damage
+    source: tuple[int, int]
+    size: tuple[int, int]
+    calls: int = 1
 
     def describe(self) -> list[str]:
-        """Return what had to be assumed about the picture, as lines of plain text."""
-        return [*self.picture.notes]
+        """Return both sizes in words."""
+        return [f"{self.source[1]} x {self.source[0]} to {self.size[1]} x {self.size[0]}"]
+
+
+@dataclass(frozen=True)
+class Degrader:
+    """Damage to the picture of one job, as what a batch runs; what was done is written to the first of `job.also`."""
+
+    damage: Damage
+    seed: int
+    job: Job
+
+    def plan(self, source: tuple[int, int], target: object) -> DegradePlan:
+        """Return the plan for a picture of `source = (height, width)`; `target` is not asked, damage has a factor."""
+        height, width = (max(1, round(side / self.damage.factor)) for side in source)
+        return DegradePlan(source, (height, width))
+
+    def run(self, image: Tensor, plan: DegradePlan, tick: Tick | None = None) -> Tensor:
+        """Return the poor picture of `1 3 H W`, once what was done to it is written down."""
+        pixels, said = self.damage.make(image, self.seed, tick)
+        height, width = plan.size
+        facts = {"source": self.job.source.name, "picture": self.job.output.name, "width": width, "height": height}
+        facts |= {"factor": self.damage.factor, "seed": self.seed, **said, "tudsr": __version__}
+        with temporary_beside(self.job.also[0]) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        return pixels
 
 
 def beside(path: Path) -> Path:
     """Return the JSON file that belongs to a degraded picture."""
     return path.with_suffix(BESIDE)
-
-
-def open_degradation(job: Job, damage: Damage, seed: int, output: Output) -> OpenDegradation:
-    """Read the source, without its transparency, and check that picture and JSON can be written. Raises PictureError.
-
-    The result has eight bits a channel; damage may be coloured, so that it is never stored as grey.
-    """
-    check_free(beside(job.output), output.overwrite)
-    picture = read_picture(job.source, output.max_megapixels)
-    notes = (*picture.notes, "its transparency is left out") if picture.has_alpha else picture.notes
-    picture = replace(picture, pixels=picture.pixels[:, :3], bits=8, is_grey=False, notes=notes)
-    size = tuple(max(1, round(side / damage.factor)) for side in picture.size)
-    check_output(job.output, size, False, 8, output.overwrite)
-    return OpenDegradation(job, writable(picture, job.output, size), seed, damage)
-
-
-def finish_degradation(opened: OpenDegradation, output: Output, tick: Tick | None = None) -> Picture:
-    """Make the poor picture, write it and what was done; returns what was written."""
-    pixels, said = opened.damage.make(opened.picture.pixels, opened.seed, tick)
-    result, job = replace(opened.picture, pixels=pixels), opened.job
-    height, width = result.size
-    facts = {"source": job.source.name, "picture": job.output.name, "width": width, "height": height}
-    facts |= {"factor": opened.damage.factor, "seed": opened.seed, **said, "tudsr": __version__}
-    with temporary_beside(beside(job.output)) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        write_picture(job.output, result, overwrite=output.overwrite, quality=output.quality)
-    return result

@@ -109,7 +109,7 @@ def build_stage(
         )
     steps = facts.steps_for(number, timestep)
     _check_model(model, steps)
-    _check_companions(model, vae, conditioning)
+    check_companions(model, vae, conditioning)
     vae = with_change(vae, facts.vae) if facts_of(model) else vae
     texts = _texts(facts, tile_prompts, clip)
     networks = [
@@ -166,7 +166,8 @@ def _check_model(model: Any, steps: tuple[OneStep, ...]) -> None:
             )
 
 
-def _check_companions(model: Any, vae: Any, conditioning: list | None) -> None:
+def check_companions(model: Any, vae: Any, conditioning: list | None) -> None:
+    """Raise ValueError for a VAE or CONDITIONING (None: not looked at) that are not of the MODEL's kind, or empty."""
     wanted = model.model.latent_format.latent_channels
     if vae.latent_channels != wanted:
         raise ValueError(

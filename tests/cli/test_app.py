@@ -25,6 +25,11 @@ def photo(tmp_path):
     return path
 
 
+def pictures(folder):
+    """Names of what a run left in its output folder, but for its own record."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "tudsr-run.jsonl")
+
+
 def size(path):
     with Image.open(path) as image:
         image.load()
@@ -50,9 +55,8 @@ def test_folder_and_files_together(photo, tmp_path):
     (folder / "notes.txt").write_text("no picture", encoding="utf-8")
     done = tudsr("upscale", folder, photo, "-o", tmp_path / "out", "--long-edge", 56)
     assert done.returncode == 0, done.stderr
-    assert {p.name: size(p) for p in (tmp_path / "out").iterdir()} == {
-        name: (56, 40) for name in ("grey.jpg", "alpha.webp", "photo.png")
-    }
+    assert pictures(tmp_path / "out") == ["alpha.webp", "grey.jpg", "photo.png"]
+    assert {size(tmp_path / "out" / name) for name in pictures(tmp_path / "out")} == {(56, 40)}
 
 
 def test_one_bad_picture_does_not_stop_the_others_and_finished_ones_are_kept(photo, tmp_path):
@@ -69,12 +73,15 @@ def test_one_bad_picture_does_not_stop_the_others_and_finished_ones_are_kept(pho
     assert [line[:7] for line in done.stderr.splitlines()] == ["error: "] * 2, done.stderr
     assert f"error: {bad} is damaged" in done.stderr and f"error: {tall}: its 17 x 8388621 pixels" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("3 pictures: 1 written, 2 failed (bad.png, tall.tif), in ")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["photo.png"]
+    assert pictures(tmp_path / "out") == ["photo.png"]
     made = (tmp_path / "out" / "photo.png").read_bytes()
-    again = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 4)
+    again = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 2)
     assert (again.returncode, again.stderr) == (0, "")
-    assert "photo.png is there already and kept" in again.stdout
+    other = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 4)
+    assert other.returncode == 1 and "were made with other settings (scale 2.0, now 4.0)" in other.stderr
     assert (tmp_path / "out" / "photo.png").read_bytes() == made
+    assert tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 4, "--force").returncode == 0
+    assert size(tmp_path / "out" / "photo.png") == (112, 80)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(photo, tmp_path):
     done = subprocess.run(command, capture_output=True, encoding="utf-8", preexec_fn=limit)
     assert done.returncode == 1
     assert "no room left" in done.stderr
-    assert list(out.iterdir()) == []
+    assert pictures(out) == []
 
 
 def test_ctrl_c_leaves_no_half_written_file(photo, tmp_path):
@@ -230,7 +237,7 @@ def test_ctrl_c_leaves_no_half_written_file(photo, tmp_path):
     _, errors = child.communicate()
     assert child.returncode == 130, errors
     assert "interrupted" in errors
-    assert list(out.iterdir()) == []
+    assert pictures(out) == []
 
 
 def test_existing_and_input_files_are_never_replaced_by_accident(photo, tmp_path):

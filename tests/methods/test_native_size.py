@@ -228,7 +228,7 @@ def test_sizes_between_stages_are_rounded_not_cut():
 def test_the_command_line_switches_it(monkeypatch, tmp_path):
     """The plan is that of a base model with OMGSR's adapter, whose loading is left out."""
     Image.new("RGB", (60, 44)).save(tmp_path / "a.png")
-    monkeypatch.setattr("tudsr_core.cli.app._load", lambda *_: model_of("omgsr"))
+    monkeypatch.setattr("tudsr_core.cli.upscaling.load_model", lambda *_: model_of("omgsr"))
     command = ["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), "--dry-run"]
     on, off = (CliRunner().invoke(app, [*command, *more]).output for more in ([], ["--no-native-size"]))
     assert "enlarged to 174 x 128 first" in on and "to 696 x 512" in on

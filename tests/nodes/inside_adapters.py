@@ -8,6 +8,7 @@ from pathlib import Path
 
 from inside import (  # first: it makes ComfyUI importable
     NODES,
+    OPTIONS,
     PUBLISHED,
     FoldVAE,
     load_published,
@@ -51,6 +52,21 @@ def check_every_published_adapter_equals_peft_through_comfyui():
             assert error < 2e-5 * max(1, wanted(f"{name}.latent").abs().max()), (name, float(error))
             assert (vae.encode((pixels / 2 + 0.5).movedim(1, -1)) - latent).abs().max() > 1e-2
     assert torch.equal(comfy_eps(base, 200), plain)
+
+
+def check_a_trained_adapter_gives_the_trainers_picture():
+    """From the single file and from the peft folder that training writes."""
+    base, vae = published_model()
+    words = [[load_file(PUBLISHED / "inputs.safetensors")["text"][:1], {}]]
+    image, pictures = picture(1, 24, 32), []
+    for name in ("trained", "trained-folder"):
+        model, _, _ = load_published(name, base, vae)
+        options = OPTIONS | {"tile": 0, "overlap": 128, "native_size": False}
+        made = NODES["TUDSRStageOne"].execute(image, model, vae, words, 4.0, 0, **options)
+        pictures.append(made.args[0])
+        error = (pictures[-1] - wanted("trained").movedim(1, -1)).abs().max()
+        assert error < 1e-4, (name, float(error))
+    assert torch.equal(*pictures)
 
 
 def check_each_stage_has_its_adapters_vae_as_on_the_command_line():

@@ -339,6 +339,12 @@ def check_the_nodes_run_from_file_to_picture():
     made = sample(model, z, positive, negative, 7.0)
     decoded = NODES["TUDSRCFWDecode"].execute({"samples": made / 0.18215}, vae, enlarged, 0.0, "wavelet", 64, "host")
     assert decoded.args[0].shape == enlarged.shape and decoded.args[0].isfinite().all()
+    wide = small_vae(torch.float32, ch_mult=[1, 2, 2, 2])
+    wide.latent_channels = 16
+    start = model_of(), network
+    refused(lambda: node.execute(*start, words(1), words(2), image, wide, **options), "16 latent channels")
+    refused(lambda: node.execute(*start, words(1), [], image, vae, **options), "CONDITIONING is empty")
+    refused(lambda: node.execute(*start, words(1), words(2), image * torch.nan, vae, **options), "NaN")
     refused(lambda: part("nodes.host.model_files").find_weights("lost.ckpt", "stablesr"), "lost.ckpt", "press R")
 
 

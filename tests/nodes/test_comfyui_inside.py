@@ -28,6 +28,7 @@ SCRIPTS = [
         "inside_refusals.py",
         "inside_widgets.py",
         "inside_stablesr.py",
+        "inside_folders.py",
         "inside_degrading.py",
     )
 ]

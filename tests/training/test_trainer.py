@@ -11,8 +11,9 @@ from command import HEAVY
 from small_run import SIZE, small_config, write_pictures, write_small_model
 from torch import multiprocessing
 
+from tudsr_core.pictures.files import PictureError
 from tudsr_core.training.networks import build_trained
-from tudsr_core.training.samples import Pictures, batches
+from tudsr_core.training.samples import Batch, Pictures, batches
 from tudsr_core.training.stages import Chunk, chunks_of, join, looped, split
 from tudsr_core.training.state import saved_steps
 from tudsr_core.training.trainer import Trainer, TrainingError
@@ -370,13 +371,22 @@ def test_samples_follow_from_their_number(root):
     assert later.sharp.shape == later.low.shape == (1, 3, SIZE, SIZE)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_one_line(root, workers):
+    config = replace(small_config(root, root / "model.safetensors").data, workers=workers)
+    damaged = root / "pictures" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:400])
+    with pytest.raises(PictureError, match=r"1\.png is damaged") as caught:
+        for _ in zip(range(3), batches(Pictures(config, 7), 0), strict=False):
+            pass
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
 def test_chunks_are_cut_in_reading_order_from_what_stage_one_made(noise):
     pictures = noise(2, 3, 8, 8)
     assert torch.equal(join(split(pictures, 2), 2), pictures)
     assert torch.equal(split(pictures, 2)[1], pictures[..., :4, 4:])
     cut = looped(lambda low: low * 0 + 0.25, 2)
-    from tudsr_core.training.samples import Batch
-
     made = list(chunks_of([Batch((5, 6), pictures, noise(2, 3, 4, 4))] * 2, cut, torch.device("cpu"), skip=3))
     assert [chunk.place for chunk in made] == [3, 0, 1, 2, 3] and made[0].numbers == (5, 6)
     assert torch.allclose(made[0].low, torch.full((2, 3, 4, 4), 0.25))

@@ -62,9 +62,11 @@ def read_whole(feature_map):
     return feature_map.read((0, size[2]), (0, size[3]), into)
 
 
-@pytest.mark.parametrize("levels", [["level 1"], LEVELS, ["level 3"]])
-def test_features_alone_are_those_of_the_whole_encoder(levels):
-    vae, ticks = make_vae(), []
+@pytest.mark.parametrize(
+    ("levels", "dtype"), [(["level 1"], torch.float64), (LEVELS, torch.bfloat16), (["level 3"], torch.float64)]
+)
+def test_features_alone_are_those_of_the_whole_encoder(levels, dtype):
+    vae, ticks = make_vae(dtype), []
     ours, pixels, tiling = tiled_vae(vae), contents(3, 152, 104)["random"].sigmoid(), VAETiling(64, "host")
     _, wanted = ours.encode_with_features(pixels, levels, nothing, tiling)
     vae.encoder.mid_block.attentions[0].to_q = None  # what is after them is not computed

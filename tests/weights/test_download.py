@@ -1,5 +1,6 @@
 import hashlib
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from tudsr_core.weights.download import DownloadError, download_file
 from tudsr_core.weights.known_files import KNOWN_FILES, known_file, where_to_get
 
 ROOT = Path(__file__).parents[2]
-CONTENT = os.urandom(3_000_000)
+CONTENT = random.Random(0).randbytes(3_000_000)  # the same in every process, as test names hold its digest
 SHA = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
 GIT = "git:" + hashlib.sha1(f"blob {len(CONTENT)}\0".encode() + CONTENT).hexdigest()
 

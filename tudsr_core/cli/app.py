@@ -16,38 +16,22 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from .. import __version__
+from .batches import run_command
 from .console import (
     PATH,
-    ColorFixOption,
     Device,
     DeviceOption,
-    ForceOption,
-    FormatOption,
-    HeightOption,
-    Inputs,
-    LongEdgeOption,
-    MegapixelsOption,
-    MethodName,
-    OutputOption,
-    OverlapOption,
     Precision,
     PrecisionOption,
-    ScaleOption,
-    TileBatchOption,
-    WidthOption,
-    WindowOption,
     err,
-    given,
     never_fail_to_print,
     one_line_errors,
     out,
-    run_command,
-    target_of,
 )
 from .degrading import add_degrade_command
 from .files import add_file_commands
-from .stablesr import CFWOption, GuidanceOption, NegativeOption, StableSROption, stablesr_upscaler
 from .training import add_training_commands
+from .upscaling import ModelOption, StageOne, StageTwo, add_upscale_commands, load_model
 from .zoom import add_zoom_command
 
 if TYPE_CHECKING:
@@ -58,37 +42,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+add_upscale_commands(app)
 add_file_commands(app)
 add_zoom_command(app)
 add_degrade_command(app)
 add_training_commands(app)
-
-
-ModelOption = Annotated[
-    str, typer.Option(help="'embedded', a tudsr-model .safetensors, or an SD2.1-base folder or checkpoint.")
-]
-StageOne = Annotated[
-    Path | None,
-    typer.Option(**PATH, help="Adapter for a base --model: TUDSR, OMGSR, OSEDiff, PiSA-SR or InvSR."),
-]
-StageTwo = Annotated[Path | None, typer.Option(**PATH, help="TUDSR's stage-two adapter, for more than x4.")]
-MethodOption = Annotated[
-    MethodName | None, typer.Option(help="For peft folders, which do not say: tudsr or omgsr. Or stablesr.")
-]
-PromptOption = Annotated[str | None, typer.Option(help="Prompt instead of the method's own.")]
-TokenizerOption = Annotated[
-    Path | None,
-    typer.Option(**PATH, help="CLIP's vocab.json and merges.txt, for prompts with a single file."),
-]
-StepsOption = Annotated[
-    int | None,
-    typer.Option(help="Network evaluations per tile: 1 to 5 with InvSR, 200 with StableSR (Turbo: 4), else 1."),
-]
-FidelityOption = Annotated[
-    float | None,
-    typer.Option(help="PiSA-SR: weight of the pixel-level part (1). StableSR: --cfw's weight, 0 to 1 (0.5)."),
-]
-DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semantic part.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -108,110 +66,6 @@ def common(
 
 @app.command()
 @one_line_errors
-def upscale(
-    inputs: Inputs,
-    output: OutputOption,
-    scale: ScaleOption = None,
-    width: WidthOption = None,
-    height: HeightOption = None,
-    long_edge: LongEdgeOption = None,
-    model: ModelOption = "embedded",
-    stage_one: StageOne = None,
-    stage_two: StageTwo = None,
-    method: MethodOption = None,
-    timestep: Annotated[int, typer.Option(help="Timestep of stage one; 0: as trained.")] = 0,
-    steps: StepsOption = None,
-    fidelity: FidelityOption = None,
-    detail: DetailOption = 1.0,
-    stablesr: StableSROption = None,
-    cfw: CFWOption = None,
-    guidance: GuidanceOption = None,
-    negative: NegativeOption = None,
-    prompt: PromptOption = None,
-    tokenizer: TokenizerOption = None,
-    device: DeviceOption = Device.auto,
-    dtype: PrecisionOption = Precision.fp32,
-    tile: Annotated[
-        int | None, typer.Option(help="Tile side in pixels; default: 512 to 640, as computes least.")
-    ] = None,
-    overlap: OverlapOption = None,
-    tile_batch: TileBatchOption = None,
-    window: WindowOption = None,
-    published: Annotated[
-        bool, typer.Option(help="Tiles as the method's own script has them: side, overlap, places, weights.")
-    ] = False,
-    native_size: Annotated[
-        bool, typer.Option(help="Enlarge small pictures first, so that networks work at their native size (512 px).")
-    ] = True,
-    color_fix: ColorFixOption = None,
-    sample_posterior: Annotated[bool, typer.Option(help="Draw latents instead of taking their mode.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of that draw.")] = None,
-    bits: Annotated[int | None, typer.Option(help="8 or 16 per channel; default: as the input.")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
-    suffix: FormatOption = None,
-    force: ForceOption = False,
-    max_megapixels: MegapixelsOption = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
-) -> None:
-    """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
-    from ..backends import AdapterOptions
-    from ..batch import Output, plan_jobs
-    from ..methods import TwoStage, UpscaleOptions
-
-    if bits not in (None, 8, 16):
-        raise ValueError(f"--bits {bits} is not possible; use 8 or 16")
-    tiles = given(tile_px=tile, overlap_px=overlap)
-    how = given(tile_batch=tile_batch, window=window)
-    if published and tiles.keys() | how.keys() - {"tile_batch"}:
-        raise ValueError("--published has its own tile, overlap and window; leave out --tile, --overlap and --window")
-    chosen = tiles | given(color_fix=color_fix, seed=seed)
-    target = target_of(scale, width, height, long_edge)
-    jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
-    if stablesr or method is MethodName.stablesr:
-        others = dict(stage_one=stage_one, stage_two=stage_two, timestep=timestep, published=published)
-        _refuse("--method stablesr", others | dict(detail=detail != 1, sample_posterior=sample_posterior))
-        how |= given(steps=steps, guidance=guidance)
-        loading = dict(device=device.value, dtype=dtype.value, tokenizer=tokenizer)
-        upscaler = stablesr_upscaler(model, stablesr, cfw, fidelity, prompt, negative, chosen, how, loading)
-    else:
-        _refuse("this method", dict(cfw=cfw, guidance=guidance, negative=negative))
-        options = UpscaleOptions(
-            **chosen, **how, sample_posterior=sample_posterior, published=published, native_size=native_size
-        )
-        weights = given(steps=steps, fidelity=fidelity, detail=detail)
-        use = AdapterOptions(method and method.value, timestep, prompt=prompt, tokenizer=tokenizer, **weights)
-        upscaler = TwoStage(_load(model, stage_one, stage_two, device, dtype, use), options)
-    written = Output(bits, quality, force, max_megapixels)
-    run_command(jobs, output, lambda job: upscaler, target, written, dry_run)
-
-
-def _refuse(method: str, options: dict[str, object]) -> None:
-    """Raise ValueError for options that were given and would be ignored."""
-    if names := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
-        raise ValueError(f"{method} does not have {', '.join(names)}; leave that out")
-
-
-def _load(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision, use=None):
-    from ..backends import AdapterOptions, load_embedded, load_sd21
-
-    if not model:
-        raise ValueError("--model is empty; leave it out for the embedded model")
-    path = Path(model)
-    if stage_one:
-        if model == "embedded":
-            raise ValueError("--stage-one belongs to a base model; add --model with SD2.1-base")
-        return load_sd21(path, stage_one, stage_two, device.value, dtype.value, use)
-    if use not in (None, AdapterOptions()):
-        raise ValueError("method, timestep, steps, prompt, fidelity and detail belong to an adapter; add --stage-one")
-    if model == "embedded":
-        return load_embedded(device.value, dtype.value)
-    if path.is_dir() or stage_two:
-        raise ValueError(f"--model {model} is a base model; add --stage-one with its adapter")
-    return load_embedded(device.value, dtype.value, path)
-
-
-@app.command()
-@one_line_errors
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", **PATH, help="Folder for the two pictures.")] = Path("out"),
     device: DeviceOption = Device.auto,
@@ -219,15 +73,15 @@ def demo(
     """Upscale the shipped photo x8 and write it with a comparison (nearest, bicubic, ours)."""
     from dataclasses import replace
 
-    from ..batch import Job, Output
+    from ..batch import Job, Output, Work
     from ..evaluation import compare, example_path
     from ..methods import Target, TwoStage
     from ..pictures import read_picture, write_picture
 
     output.mkdir(parents=True, exist_ok=True)
     job = Job(example_path(), output / "demo-x8.png")
-    upscaler = TwoStage(_load("embedded", None, None, device, Precision.fp32))
-    run_command([job], output, lambda job: upscaler, Target(scale=8), Output(overwrite=True))
+    upscaler = TwoStage(load_model("embedded", None, None, device, Precision.fp32))
+    run_command([job], output, Work(lambda job: upscaler, Target(scale=8), Output(overwrite=True)))
     small, ours = read_picture(job.source), read_picture(job.output)
     panels = output / "demo-compare.png"
     write_picture(panels, replace(small, pixels=compare(small.pixels, ours.pixels)), overwrite=True)
@@ -291,7 +145,7 @@ def evaluate(
 
     measured = Perceptual(perceptual, str(pick_device(device.value))) if perceptual else None
     pictures = read_folder(folder) if folder else read_held_out()
-    networks = _load(model, stage_one, stage_two, device, dtype)
+    networks = load_model(model, stage_one, stage_two, device, dtype)
 
     def watch(result: Result) -> None:
         if measured:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..methods import METHODS
 from ..missing_packages import needs
@@ -21,9 +19,7 @@ from ..pictures import MAX_MEGAPIXELS
 from ..untrusted import printable
 
 if TYPE_CHECKING:
-    from ..batch import Job, OpenJob, Output
-    from ..methods import Target, Upscaler
-    from ..pictures import Picture
+    from ..methods import Target
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -104,9 +100,29 @@ def one_line_errors(command):
     return wrapped
 
 
+def with_options_of(other: Callable[..., object]) -> Callable[[Callable], Callable]:
+    """Give a command that takes `**options` the options of the function `other`, before its own keyword-only ones."""
+
+    def decorate(command: Callable) -> Callable:
+        own = [p for p in signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [p.replace(kind=p.KEYWORD_ONLY) for p in signature(other, eval_str=True).parameters.values()]
+        first = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+        parameters = [*first, *options, *own[len(first) :]]
+        command.__signature__ = Signature(parameters)
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
 def given(**values: object) -> dict[str, object]:
     """Return the options that were given, enumerations by their names."""
     return {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
+
+
+def ending(suffix: Suffix | None) -> str | None:
+    """Return the ending of files of a chosen type."""
+    return f".{suffix.value}" if suffix else None
 
 
 def target_of(scale: float | None, width: int | None, height: int | None, long_edge: int | None) -> Target:
@@ -116,104 +132,3 @@ def target_of(scale: float | None, width: int | None, height: int | None, long_e
     if scale is width is height is long_edge is None:
         scale = 4.0
     return Target(scale, width, height, long_edge)
-
-
-def run_command(
-    jobs: Sequence[Job],
-    folder: Path,
-    upscaler_for: Callable[[Job], Upscaler],
-    target: Target,
-    output: Output,
-    dry_run: bool = False,
-) -> None:
-    """Run a command's jobs; exit with 1 if any failed. A new `folder` is made, in an old one finished pictures stay."""
-    from ..batch import finish_job, open_job
-
-    into_folder = jobs[0].output.parent == folder
-    if into_folder and not dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
-    failed = run_jobs(
-        jobs,
-        lambda job: open_job(job, upscaler_for(job), target, output, dry_run),
-        lambda opened, tick: finish_job(opened, upscaler_for(opened.job), output, tick),
-        dry_run,
-        keep=into_folder and not output.overwrite,
-    )
-    if failed:
-        raise typer.Exit(1)
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    open_one: Callable[[Job], OpenJob],
-    finish_one: Callable[[OpenJob, Callable], Picture],
-    dry_run: bool = False,
-    keep: bool = False,
-) -> int:
-    """Read, announce, compute and write every job; return how many failed, each with one line.
-
-    With `keep`, jobs whose output is there already are left as they are. Several jobs are counted,
-    and summed up at the end or at an interrupt.
-    """
-    done, failed, began = Counter(), [], time.monotonic()
-    try:
-        for number, job in enumerate(jobs, 1):
-            count = f"{number} of {len(jobs)}: " if len(jobs) > 1 else ""
-            if keep and not dry_run and job.output.exists():
-                done["kept"] += 1
-                out.print(f"{count}{printable(job.output)} is there already and kept", markup=False)
-                continue
-            try:
-                _run_job(job, count, open_one, finish_one, dry_run)
-                done["planned" if dry_run else "written"] += 1
-            except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
-                failed.append(printable(job.source.name))
-                complain(_explained(error, job))
-    finally:
-        if len(jobs) > 1:
-            _sum_up(len(jobs), done, failed, time.monotonic() - began)
-    return len(failed)
-
-
-def _explained(error: Exception, job: Job) -> Exception:
-    """Return what to say about `error`; RuntimeErrors other than "not enough memory" are mistakes and raised."""
-    out_of_memory = "OutOfMemoryError" in type(error).__name__ or "allocate memory" in str(error)
-    if out_of_memory or isinstance(error, MemoryError):
-        return MemoryError(f"{job.source} needs more memory than there is")
-    if isinstance(error, RuntimeError):
-        raise error
-    if isinstance(error, ImportError):
-        return ImportError(f"{job.source} {needs(error)}")
-    return error
-
-
-def _run_job(job: Job, count: str, open_one: Callable, finish_one: Callable, dry_run: bool) -> None:
-    began = time.monotonic()
-    opened = open_one(job)
-    names = printable(f"{job.source} -> {job.output}")
-    out.print(f"{count}{names}", *(f"  {line}" for line in opened.describe()), sep="\n", markup=False)
-    if dry_run:
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Where nobody watches, rich would leave an empty line per picture among the errors.
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(count + printable(job.source.name), total=None)
-
-        def tick(done: int, total: int, preview: object) -> None:
-            bar.update(task, completed=done, total=total)
-
-        result = finish_one(opened, tick)
-    height, width = result.size
-    seconds = time.monotonic() - began
-    rate = seconds / (height * width / 1e6)
-    out.print(f"  {width} x {height} written in {seconds:.1f} s ({rate:.1f} s per megapixel)", markup=False)
-
-
-def _sum_up(total: int, done: Counter[str], failed: list[str], seconds: float) -> None:
-    parts = [f"{count} {what}" for what, count in done.items()]
-    if failed:
-        parts.append(f"{len(failed)} failed ({', '.join(failed[:10])}{', ...' if len(failed) > 10 else ''})")
-    if left := total - done.total() - len(failed):
-        parts.append(f"{left} not begun or not finished")
-    hint = "; --force replaces what is there" if done["kept"] else ""
-    out.print(f"{total} pictures: {', '.join(parts)}, in {seconds:.0f} s{hint}", markup=False)

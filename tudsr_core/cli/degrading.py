@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..pictures import FORMATS, RECIPES
+from .batches import run_command
 from .console import (
     PATH,
     Device,
@@ -19,7 +21,6 @@ from .console import (
     MegapixelsOption,
     OutputOption,
     one_line_errors,
-    run_jobs,
 )
 
 RecipeName = Enum("RecipeName", {name: name for name in RECIPES}, type=str)
@@ -55,8 +56,9 @@ def degrade(
 ) -> None:
     """Make good pictures small and poor: tudsr degrade photos/ -o poor/ --downsampler mine.safetensors"""
     from ..backends import pick_device
-    from ..batch import Output, plan_jobs
-    from ..degrading import Classical, Learned, finish_degradation, open_degradation
+    from ..batch import Output, Work, describe_run, plan_jobs
+    from ..degrading import Classical, Degrader, Learned, beside
+    from ..methods import Target
 
     if (downsampler is None) == (recipe is None):
         raise ValueError("give either --downsampler with a file, or --recipe with omgsr or real-esrgan")
@@ -72,15 +74,14 @@ def degrade(
     else:
         damage = Learned(downsampler, factor, 1.0 if strength is None else strength, style)
         damage.network.to(pick_device(device.value))
-    written = Output(quality=quality, overwrite=force, max_megapixels=max_megapixels)
-    if into_folder := jobs[0].output.parent == output:
-        output.mkdir(parents=True, exist_ok=True)
+    jobs = [replace(job, also=(beside(job.output),)) for job in jobs]
     seeds = {job.output: seed + number for number, job in enumerate(jobs)}
-    failed = run_jobs(
-        jobs,
-        lambda job: open_degradation(job, damage, seeds[job.output], written),
-        lambda opened, tick: finish_degradation(opened, written, tick),
-        keep=into_folder and not force,
-    )
-    if failed:
-        raise typer.Exit(1)
+    written = Output(8, quality, force, max_megapixels, rgb=True)
+    # Damage has a factor of its own; the target is not asked.
+    work = Work(lambda job: Degrader(damage, seeds[job.output], job), Target(scale=1), written)
+    files = dict(downsampler=downsampler, style=style)
+
+    def describe() -> dict:
+        return describe_run(files, written, factor=factor, seed=seed, strength=strength, recipe=recipe and recipe.value)
+
+    run_command(jobs, output, work, describe)

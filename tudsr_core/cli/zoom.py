@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .batches import RecursiveOption, ReportOption, run_command
 from .console import (
     PATH,
     ColorFixOption,
@@ -27,9 +28,9 @@ from .console import (
     ScaleOption,
     WidthOption,
     WindowOption,
+    ending,
     given,
     one_line_errors,
-    run_command,
     target_of,
 )
 
@@ -83,20 +84,22 @@ def zoom(
     dtype: PrecisionOption = Precision.fp32,
     save_prompts: Annotated[bool, typer.Option(help="Write every tile's prompts beside the picture, as JSON.")] = False,
     suffix: FormatOption = None,
+    recursive: RecursiveOption = False,
+    report: ReportOption = None,
     force: ForceOption = False,
     max_megapixels: MegapixelsOption = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan with its number of network calls and stop.")] = False,
 ) -> None:
     """Enlarge with any SD 2.x and a prompt per tile: tudsr zoom in.png -o out.png --model sd21/ --dape dape/"""
     from ..backends import load_sd2
-    from ..batch import Output, plan_jobs
+    from ..batch import Output, Work, describe_run, plan_jobs
     from ..methods import SampleOptions, Zoom, ZoomOptions, saved
 
     how = given(steps=steps, strength=strength, guidance=guidance, eta=eta, tile_batch=tile_batch, window=window)
     chosen = given(tile_px=tile, overlap_px=overlap, spacing=spacing, seed=seed, start=start, color_fix=color_fix)
     options = ZoomOptions(**chosen, sample=SampleOptions(**how))
     target = target_of(scale, width, height, long_edge)
-    jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else None)
+    jobs = plan_jobs(inputs, output, ending(suffix), recursive)
     source = _source(prompt, tile_prompts, dape, given(suffix=quality_words, negative=negative), device)
     networks = load_sd2(model, device.value, dtype.value, tokenizer)
     if save_prompts:
@@ -105,7 +108,14 @@ def zoom(
     def upscaler_for(job: Job) -> Zoom:
         return Zoom(networks, options, saved(source, *job.also) if job.also else source)
 
-    run_command(jobs, output, upscaler_for, target, Output(overwrite=force, max_megapixels=max_megapixels), dry_run)
+    work = Work(upscaler_for, target, Output(overwrite=force, max_megapixels=max_megapixels))
+    files = dict(model=model, tokenizer=tokenizer, tile_prompts=tile_prompts, dape=dape)
+    words = given(prompt=prompt, quality_words=quality_words, negative=negative, dtype=dtype, format=suffix)
+
+    def describe() -> dict:
+        return describe_run(files, options, target, work.output, **words)
+
+    run_command(jobs, output, work, describe, dry_run, report)
 
 
 def _source(prompt: str | None, tile_prompts: Path | None, dape: Path | None, words: dict, device: Device):

@@ -29,8 +29,7 @@ class TiledPredictor:
     with `plan` it is a list with one per tile of that plan, and other tiles take the one of the planned tile
     that shares most with them. With `negative`, of the same kind, a tile's eps is eps_u + guidance (eps_c - eps_u)
     (classifier-free guidance, Ho and Salimans 2022, eq. 6), which is the same before and after blending.
-    `on_tile(preview)` is called once per tile and condition, and may raise to cancel; there is a preview once a tile
-    is finished.
+    `on_tile(preview)` is called for every finished tile, once per condition, and may raise to cancel.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class TiledPredictor:
         networks: Networks,
         tiled_run: TiledRun,
         condition: Any,
-        on_tile: Callable[[Preview | None], None],
+        on_tile: Callable[[Preview], None],
         plan: TilePlan | None = None,
         negative: Any = None,
         guidance: float = 1.0,
@@ -70,12 +69,11 @@ class TiledPredictor:
             parts = torch.cat([tile.cut(z) for tile in batch])
             eps = predicts[0](parts, batch)
             for predict in predicts[1:]:
-                for _ in batch:
-                    self.on_tile(None)
                 eps = eps + self.guidance * (predict(parts, batch) - eps)
             for tile, value in zip(batch, eps.split(len(z)), strict=True):
                 blender.add(tile, value)
-                self.on_tile(lambda: restore(blender.result()))
+                for _ in predicts:
+                    self.on_tile(lambda: restore(blender.result()))
         return blender.result()
 
     def _fitting(self, condition: Any) -> Any:

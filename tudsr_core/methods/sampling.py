@@ -23,7 +23,7 @@ MAX_STEPS = 1000
 TilePair = tuple[str, str]
 """Positive and negative prompt of one tile."""
 
-OnPreview = Callable[["Preview | None"], None]
+OnPreview = Callable[[Preview], None]
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def tiled_predictor(
 ) -> PredictEps:
     """Return eps with every tile under its own pair of `prompts`, and with guidance unless it is 1.
 
-    `on_tile(preview)` is called once per tile and prompt, and may raise to cancel. Raises ValueError if there
-    is not one prompt per tile.
+    `on_tile(preview)` is called for every finished tile, once per prompt, and may raise to cancel. Raises
+    ValueError if there is not one prompt per tile.
     """
     tiles = tiled_run.tiles
     if len(prompts) != len(tiles):

@@ -116,7 +116,8 @@ def zoom(
     facts, sampling = networks.facts, plan.options.sample
     progress = ProgressCounter(tick, len(color) * (networks.vae_calls(plan.padded) + plan.calls))
     unit = facts.multiple // facts.latent_scale
-    tiled_run = TiledRun(plan.tiles, sampling.window, sampling.tile_batch, unit, facts.latent_scale, progress.expect)
+    tiled_run = TiledRun(plan.tiles, sampling.window, sampling.tile_batch, unit, facts.latent_scale)
+    tiled_run.expect = lambda extra: progress.expect(extra * sampling.passes)
     results = []
     for number, picture in enumerate(color.split(1)):
         enlarged = resize(picture, plan.size).clamp(0, 1)

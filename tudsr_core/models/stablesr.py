@@ -72,7 +72,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.qkv(self.norm(x.flatten(2)))
-        q, k, v = tokens.unflatten(1, (HEADS, 3, -1)).transpose(-1, -2).unbind(2)
+        # Contiguous, without which torch takes the slow way with all scores in memory.
+        q, k, v = tokens.unflatten(1, (HEADS, 3, -1)).transpose(-1, -2).contiguous().unbind(2)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
         return x + self.proj_out(mixed).reshape(x.shape)
 

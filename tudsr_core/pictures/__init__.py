@@ -9,7 +9,7 @@ __all__, __getattr__ = public_names(
     __name__,
     color="COLOR_FIXES ColorFix match_color",
     degradations="clean gaussian_blur mild random_mild",
-    files="FORMATS MAX_MEGAPIXELS Picture PictureError pictures_in",
+    files="FORMATS MAX_MEGAPIXELS NoRoomError Picture PictureError pictures_in",
     reading="read_picture",
     real_esrgan="RECIPES Degradation Recipe degrade interpolate sample_degradation",
     soft_jpeg="jpeg_with_gradient",

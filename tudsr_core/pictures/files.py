@@ -29,6 +29,10 @@ class PictureError(ValueError):
         super().__init__(printable(message))
 
 
+class NoRoomError(PictureError):
+    """A file that was not written because the disk is full: others will not be either."""
+
+
 class Unsuitable(Exception):
     """A readable file whose pixels cannot be used; `read_picture` adds its name."""
 

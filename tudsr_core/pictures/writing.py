@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ..atomic_write import temporary_beside
 from . import png
-from .files import FORMATS, Picture, PictureError
+from .files import FORMATS, NoRoomError, Picture, PictureError
 from .metadata import exif_for, fields_of, fitted, text_bytes
 
 MAX_SIDE = {"JPEG": 65535, "WEBP": 16383}
@@ -71,24 +72,36 @@ def writable(picture: Picture, path: Path, size: tuple[int, int]) -> Picture:
     return replace(picture, notes=tuple(dict.fromkeys([*picture.notes, *notes])))
 
 
-def write_picture(path: Path, picture: Picture, *, overwrite: bool = False, quality: int = 95) -> None:
+def write_picture(
+    path: Path,
+    picture: Picture,
+    *,
+    overwrite: bool = False,
+    quality: int = 95,
+    before_rename: Callable[[Path], None] | None = None,
+) -> None:
     """Write `picture` in the format of the suffix, with what the format holds of EXIF, ICC profile and DPI.
 
     Written to a temporary name in the same folder and renamed; an error or interrupt leaves
-    neither a partial file nor a lost original. Raises PictureError.
+    neither a partial file nor a lost original. `before_rename` is called with the complete temporary
+    file. Raises PictureError, NoRoomError where the disk is full.
     """
     path = Path(path)
     check_output(path, picture.size, picture.has_alpha, picture.bits, overwrite)
     picture = writable(picture, path, picture.size)
     try:
-        with temporary_beside(path) as temporary, temporary.open("rb+") as file:
-            _encode(file, format_of(path), picture, quality, picture.size)
+        with temporary_beside(path) as temporary:
+            with temporary.open("rb+") as file:
+                _encode(file, format_of(path), picture, quality, picture.size)
+            if before_rename:
+                before_rename(temporary)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            reason = f"there is no room left on the disk of {path.parent}; free some space and run again"
-        else:
-            reason = str(error.strerror or error)
-        raise PictureError(f"{path} was not written: {reason}") from error
+            raise NoRoomError(
+                f"{path} was not written: there is no room left on the disk of {path.parent}; free some space and run "
+                "again"
+            ) from error
+        raise PictureError(f"{path} was not written: {error.strerror or error}") from error
 
 
 def _to_array(picture: Picture) -> np.ndarray:

@@ -223,7 +223,7 @@ class TrainingConfig:
 
     def said(self) -> dict[str, Any]:
         """Return all settings as plain values, paths by their last name, for the exported adapter."""
-        return plain_values(asdict(self))
+        return plain_values(asdict(replace(self, model=replace(self.model, base=Path(self.model.base).name))))
 
 
 # What differs from the defaults above in stage two (TUDSR sec. 4.1: t = 50, N = 2, 3500 steps; x8 = 4 x 2).

@@ -56,6 +56,19 @@ function executionIdOf(node) {
     return app.extensionManager.workflow.nodeLocatorIdToNodeExecutionId(locatorOf(node));
 }
 
+/** What runs have told of the nodes of a workflow: an undo can bring back a record of outputs that lacks the last. */
+const told = new WeakMap();
+
+function factsOf(node) {
+    const outputs = app.nodeOutputs?.[locatorOf(node)] ?? app.nodeOutputs?.[executionIdOf(node)];
+    const facts = outputs?.tudsr_tiles?.[0] ?? null;
+    const workflow = app.extensionManager.workflow.activeWorkflow;
+    if (!workflow) return facts;
+    if (!told.has(workflow)) told.set(workflow, new Map());
+    if (facts) told.get(workflow).set(locatorOf(node), facts);
+    return told.get(workflow).get(locatorOf(node)) ?? null;
+}
+
 class TileEditor {
     constructor(node) {
         this.node = node;
@@ -127,8 +140,7 @@ class TileEditor {
             const stale = document.querySelector(`[data-node-id="${this.node.id}"] .tudsr-tiles`);
             stale?.replaceWith(this.root);
         }
-        const outputs = app.nodeOutputs?.[locatorOf(this.node)] ?? app.nodeOutputs?.[executionIdOf(this.node)];
-        const facts = outputs?.tudsr_tiles?.[0] ?? null;
+        const facts = factsOf(this.node);
         const now = [facts, this.locked ? facts?.edits : this.widget.value, this.locked];
         if (now.every((one, i) => one === this.seen[i])) return;
         if (facts !== this.facts) this.show(facts);

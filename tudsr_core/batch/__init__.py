@@ -1,0 +1,19 @@
+"""Folders of pictures: which file becomes which, what is done already, and the run that survives being stopped.
+
+Knows upscalers only as something that plans and runs.
+
+Must not know: networks, weight files, consoles, ComfyUI.
+"""
+
+from .._lazy import public_names
+
+__all__, __getattr__ = public_names(
+    __name__,
+    folders="pictures_under plan_jobs",
+    hot_folder="HotFolder",
+    jobs="Job OpenJob Output Work open_job",
+    manifest="MANIFEST Manifest State open_manifest",
+    pipeline="Listener Outcome Summary Together explain run_jobs",
+    report="Report",
+    settings="describe_run",
+)
