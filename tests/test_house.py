@@ -30,7 +30,7 @@ ROOMS = {
     "weights": "untrusted atomic_write assets diffusion methods",
     "models": "untrusted pictures weights",
     "backends": "untrusted tiling diffusion vae methods weights models",
-    "batch": "untrusted missing_packages atomic_write pictures methods",
+    "batch": "untrusted missing_packages atomic_write pictures tiling methods",
     "degrading": "atomic_write pictures models batch",
     "evaluation": "assets pictures methods",
     "training": "untrusted atomic_write pictures diffusion methods weights models backends evaluation",

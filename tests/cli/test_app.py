@@ -195,6 +195,27 @@ def test_unwritable_folder_is_named(photo, tmp_path):
     assert "error: " in done.stderr and str(target) in done.stderr
 
 
+def test_a_result_in_blocks_is_close_to_the_whole_one(photo, tmp_path):
+    from tudsr_core.pictures import read_picture
+
+    large = tmp_path / "large.png"
+    Image.open(photo).resize((280, 200)).save(large)
+    done = tudsr("upscale", large, "-o", tmp_path / "a.tif", "--scale", 4, "--blocks", "--pyramid")
+    assert done.returncode == 0, done.stderr
+    assert "2 blocks of 1024 x 800" in done.stdout and "1120 x 800 written in" in done.stdout
+    assert tudsr("upscale", large, "-o", tmp_path / "b.tif", "--scale", 4).returncode == 0
+    apart = (read_picture(tmp_path / "a.tif").pixels - read_picture(tmp_path / "b.tif").pixels).abs()
+    assert apart.max() < 0.06 and apart.mean() < 0.002
+    for words, says in (
+        (["--color-fix", "adain", "--blocks"], "looks at the whole picture"),
+        (["--pyramid"], "--pyramid belongs to --blocks"),
+        (["--blocks", "--report", tmp_path / "r.html"], "writes no report"),
+        (["--blocks", "--scale", 1.5], "a whole --scale"),
+    ):
+        done = tudsr("upscale", large, "-o", tmp_path / "c.tif", *words)
+        assert done.returncode == 1 and says in done.stderr and not (tmp_path / "c.tif").exists()
+
+
 def test_extreme_shapes_work(tmp_path):
     for shape in ((1, 1, 3), (2, 3000, 3)):
         path = tmp_path / f"{shape[1]}.png"

@@ -206,6 +206,58 @@ def test_cancel_ends_the_run_and_the_next_is_right(server, embedded):
     assert np.abs(made - to_8bit(wanted)).max() <= 1
 
 
+def filled(server, node, **links):
+    """Return a node of an API graph whose other widgets have their defaults."""
+    kinds = server.get(f"/object_info/{node}")[node]["input"]
+    specs = {**kinds.get("required", {}), **kinds.get("optional", {})}
+    defaults = {name: spec[1]["default"] for name, spec in specs.items() if "default" in spec[1]}
+    return {"class_type": node, "inputs": defaults | links}
+
+
+def test_a_folder_is_upscaled_cancelled_and_goes_on(server, embedded):
+    """Forty pictures, one of them broken."""
+    (server.base / "input" / "scans").mkdir()
+    arrays = {f"{number:02}.png": photo(24, 24 + number % 3) for number in range(39)}
+    for name, array in arrays.items():
+        server.put_image(f"scans/{name}", array)
+    (server.base / "input" / "scans" / "20a.png").write_bytes(b"no picture")
+    models = {"stage_one": ["1", 0], "stage_two": ["1", 1], "vae": ["1", 2], "conditioning": ["1", 3]}
+    folder = filled(server, "TUDSRUpscaleFolder", folder="scans", output="big", scale=2.0, **models)
+    work = {"1": filled(server, "TUDSRLoadEmbedded"), "2": folder}
+    done = server.base / "output" / "big"
+    prompt = server.queue(work)
+    while not list(done.glob("0*.png")):
+        time.sleep(0.01)
+    while not server.get(f"/history/{prompt}"):
+        server.post("/interrupt", {})
+        time.sleep(0.05)
+    assert "execution_interrupted" in dict(server.wait(prompt)["status"]["messages"])
+    first = len(list(done.glob("*.png")))
+    assert 0 < first < 39
+    (text,) = server.run(work)["2"]["text"]
+    assert text.startswith(f"40 pictures: {first} done before, {39 - first} written, 1 failed, in ")
+    assert "20a.png: this is not a picture" in text
+    assert server.run(work)["2"]["text"][0].startswith("40 pictures: 39 done before, 1 failed, in "), "not cached"
+    for name in ("00.png", "38.png"):
+        made = np.array(Image.open(done / name)).astype(int)
+        assert np.abs(made - to_8bit(upscale(tensor(arrays[name]), embedded, Target(scale=2.0)))).max() <= 1
+
+
+def test_a_folder_goes_through_other_nodes_one_by_one(server):
+    (server.base / "input" / "album" / "x").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x010F] = "Camera"
+    Image.fromarray(photo(20, 24)).save(server.base / "input" / "album" / "x" / "a.jpg", exif=exif, dpi=(240, 240))
+    load = filled(server, "TUDSRLoadFromFolder", folder="album", recursive=True)
+    how = {"image": ["1", 0], "upscale_method": "bilinear", "scale_by": 2.0}
+    scale = {"class_type": "ImageScaleBy", "inputs": how}
+    save = filled(server, "TUDSRSaveWithSourceName", image=["2", 0], source=["1", 2], ending="-x2", output="album")
+    shown = server.run({"1": load, "2": scale, "3": save})["3"]["images"]
+    assert shown == [{"filename": "a-x2.jpg", "subfolder": "album/x", "type": "output"}]
+    with Image.open(server.base / "output" / "album" / "x" / "a-x2.jpg") as made:
+        assert (made.size, made.getexif()[0x010F], made.info["dpi"]) == ((48, 40), "Camera", (240, 240))
+
+
 def test_swapped_stages_fail_with_a_name(server):
     work = graph("01-embedded-x8")
     work["3"]["inputs"] |= {"stage_one": ["2", 1], "stage_two": ["2", 0]}

@@ -1,6 +1,7 @@
 """A training from its settings to its files: what is written, and that trainer, library and command agree on it."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from tudsr_core.methods.two_stage import UpscaleOptions, upscale
 from tudsr_core.pictures.tensors import resize
 from tudsr_core.training.config import ConfigError, ModelConfig, ValidationConfig
 from tudsr_core.training.networks import build_stage_one, build_trained
-from tudsr_core.training.session import train
+from tudsr_core.training.session import Log, train
 from tudsr_core.training.trainer import Trainer
 
 BARE = UpscaleOptions(color_fix="none", native_size=False)
@@ -127,6 +128,13 @@ def test_logs_validation_and_resume(root):
         train(config, 2)
     longer, began = replace(config, optimizer=replace(config.optimizer, steps=4)), []
     assert train(longer, 2, resume=True, started=began.append).step == 4 and began == [3]
+
+
+def test_a_step_without_a_number_stays_json(root):
+    config = small_config(root, root / "model.safetensors")
+    Log(config).write(3, {"mae": math.nan, "norm": math.inf, "skipped": 1.0})
+    (line,) = (config.output / "log.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 3, "mae": None, "norm": None, "skipped": 1.0}
 
 
 def test_what_cannot_be_trained_is_refused(root, small_sd):

@@ -9,6 +9,7 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
+    blocks="BlockPlan plan_blocks upscale_in_blocks",
     folders="pictures_under plan_jobs",
     hot_folder="HotFolder",
     jobs="Job OpenJob Output Work open_job",

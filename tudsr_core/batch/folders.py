@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -118,7 +119,7 @@ def _names(places: Mapping[Path, Path], folder: Path, suffix: str | None) -> dic
     for source, place in sorted(places.items(), key=ends_as_it_was, reverse=True):
         wanted = place.with_suffix(suffix or _writable_suffix(source))
         record = of_source.get(str(source.absolute())) or _before_it_was_moved(source, of_name.get(_folded(wanted)))
-        if record and Path(record.output).suffix.lower() == wanted.suffix.lower():
+        if record and _is_named_after(Path(record.output), wanted):
             named[source] = Path(record.output)
             continue
         named[source] = next(path for path in _candidates(wanted, source) if _folded(path) not in taken)
@@ -149,6 +150,13 @@ def _candidates(wanted: Path, source: Path) -> Iterable[Path]:
     while True:
         yield wanted.with_stem(f"{wanted.stem}-{number}")
         number += 1
+
+
+def _is_named_after(path: Path, wanted: Path) -> bool:
+    """Whether `path` is one of the `_candidates` for `wanted`: a record may say anything."""
+    added = path.stem.removeprefix(wanted.stem)
+    same = path.parent == wanted.parent and path.suffix.lower() == wanted.suffix.lower()
+    return same and path.stem.startswith(wanted.stem) and (not added or re.fullmatch(r"-\w{1,9}", added) is not None)
 
 
 def _folded(name: Path | str) -> str:

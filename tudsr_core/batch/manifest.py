@@ -147,7 +147,7 @@ class Manifest:
     def state(self, job: Job) -> State:
         """Return what there is of a job; reads the output only where size and time are not those noted."""
         name = self._name(job)
-        if not job.output.exists():
+        if not os.path.exists(job.output):  # also for a name that cannot be: writing says so
             return State.new
         record = self.history.ended.get(name)
         if record and not record.error and _is_file_of(record, job.output):
@@ -200,10 +200,12 @@ class Manifest:
 
 def _is_file_of(record: Record, output: Path) -> bool:
     """Whether a file is the one that was noted: by size and time or, where it was copied since, by its digest."""
-    size, mtime = facts(output)
-    if size != record.output_bytes:
+    try:
+        size, mtime = facts(output)
+        same_time = size == record.output_bytes and mtime == record.output_mtime
+        return same_time or (size == record.output_bytes and sha256_of(output) == record.sha256)
+    except OSError:  # it cannot be read, so nobody can say
         return False
-    return mtime == record.output_mtime or sha256_of(output) == record.sha256
 
 
 @contextmanager

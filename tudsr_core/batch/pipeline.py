@@ -141,7 +141,7 @@ class _Run:
         self.cancels = cancels
         self.summary = Summary(len(jobs))
         self.readers, self.writers = ThreadPoolExecutor(1, "reading"), ThreadPoolExecutor(1, "writing")
-        self.writing: tuple[_Item, OpenJob, Picture, Future[float]] | None = None
+        self.writing: deque[tuple[_Item, OpenJob, Picture, Future[float]]] = deque()
 
     def run(self) -> Summary:
         began = time.monotonic()
@@ -154,7 +154,7 @@ class _Run:
                     break
         finally:
             self.readers.shutdown(cancel_futures=True)
-            self._settle()
+            self._settle(0)
             self.writers.shutdown()
             self.summary.seconds = time.monotonic() - began
             self.listener.ended(self.summary)
@@ -199,9 +199,9 @@ class _Run:
         except Exception as error:
             self._fail(item, error)
             return
-        self._settle()
         seconds += time.monotonic() - began
-        self.writing = item, opened, result, self.writers.submit(self._write, item, result, source, seconds)
+        self.writing.append((item, opened, result, self.writers.submit(self._write, item, result, source, seconds)))
+        self._settle(1)
 
     def _write(self, item: _Item, result: Picture, source: Facts, seconds: float) -> float:
         began = time.monotonic()
@@ -213,19 +213,18 @@ class _Run:
         write_result(item.job, result, item.output, note)
         return seconds + time.monotonic() - began
 
-    def _settle(self) -> None:
-        """Wait until the last result is in its place, and tell."""
-        if self.writing is None:
-            return
-        item, opened, result, written = self.writing
-        self.writing = None
-        try:
-            seconds = written.result()
-        except Exception as error:
-            self._fail(item, error)
-            return
-        self.summary.done["written"] += 1
-        self.listener.wrote(item.number, Outcome(opened, result, seconds))
+    def _settle(self, leave: int) -> None:
+        """Wait until all results but the last `leave` are in their places, and tell."""
+        while len(self.writing) > leave:
+            item, opened, result, written = self.writing[0]
+            try:
+                seconds = written.result()
+            except Exception as error:
+                self._fail(item, error)
+            else:
+                self.summary.done["written"] += 1
+                self.listener.wrote(item.number, Outcome(opened, result, seconds))
+            self.writing.popleft()  # not before: an interrupt while waiting must find it here
 
     def _fail(self, item: _Item, error: Exception) -> None:
         if isinstance(error, NoRoomError):

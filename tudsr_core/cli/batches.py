@@ -73,6 +73,49 @@ def run_command(
         raise typer.Exit(1)
 
 
+BlocksOption = Annotated[
+    bool,
+    typer.Option(help="For one result larger than memory: computed and written block by block, as a tiled BigTIFF."),
+]
+PyramidOption = Annotated[bool, typer.Option(help="With --blocks: half-size versions in the same file, for viewers.")]
+
+
+def blocks_command(jobs: Sequence[Job], work: Work, pyramid: bool, dry_run: bool, report: Path | None) -> None:
+    """Enlarge one picture block by block; raises ValueError for what only whole pictures have."""
+    from ..batch import plan_blocks, upscale_in_blocks
+    from ..pictures import RowReader
+
+    if len(jobs) != 1 or report:
+        raise ValueError("--blocks takes one picture, and writes no report; leave it out for several")
+    (job,) = jobs
+    upscaler = work.upscaler_for(job)
+    if upscaler.options.color_fix == "adain":
+        raise ValueError("--color-fix adain looks at the whole picture; with --blocks use wavelet or none")
+    reader = RowReader(job.source, work.output.max_megapixels)
+    plan = plan_blocks(reader.size, work.target)
+    names = printable(f"{job.source} -> {job.output}")
+    console.out.print(names, *(f"  {line}" for line in plan.describe()), sep="\n", markup=False)
+    if dry_run:
+        return
+    began = time.monotonic()
+    with _tile_bar() as bar:
+        task = bar.add_task(printable(job.source.name), total=len(plan.tiles))
+
+        def tick(done: int, total: int, preview: object) -> None:
+            bar.update(task, completed=done)
+
+        more = dict(pyramid=pyramid, reader=reader, tick=tick)
+        upscale_in_blocks(job.source, job.output, upscaler, work.target, work.output, **more)
+    height, width = plan.size
+    console.out.print(f"  {width} x {height} written in {time.monotonic() - began:.1f} s", markup=False)
+
+
+def _tile_bar() -> Progress:
+    parts = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    # Where nobody watches, rich would leave an empty line per picture among the errors.
+    return Progress(*parts, console=console.err, transient=True, disable=not console.err.is_terminal)
+
+
 def watch_command(
     arrived: Callable[[], Sequence[Job]],
     folder: Path,
@@ -141,9 +184,7 @@ class Voice:
         """Announce the picture and show a bar for its tiles."""
         self._end_bar()
         self.announce(number, opened)
-        parts = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        # Where nobody watches, rich would leave an empty line per picture among the errors.
-        self.bar = bar = Progress(*parts, console=console.err, transient=True, disable=not console.err.is_terminal)
+        self.bar = bar = _tile_bar()
         bar.start()
         task = bar.add_task(self._count(number) + printable(opened.job.source.name), total=None)
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .batches import RecursiveOption, ReportOption, run_command, watch_command
+from .batches import (
+    BlocksOption,
+    PyramidOption,
+    RecursiveOption,
+    ReportOption,
+    blocks_command,
+    run_command,
+    watch_command,
+)
 from .console import (
     PATH,
     ColorFixOption,
@@ -160,14 +168,21 @@ def upscale(
     *,
     recursive: RecursiveOption = False,
     report: ReportOption = None,
+    blocks: BlocksOption = False,
+    pyramid: PyramidOption = False,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
     **options,
 ) -> None:
     """Enlarge pictures: tudsr upscale photo.png -o photo-x8.png --scale 8"""
     from ..batch import plan_jobs
 
+    if pyramid and not blocks:
+        raise ValueError("--pyramid belongs to --blocks; add it")
     jobs = plan_jobs(inputs, output, ending(options["suffix"]), recursive)
-    run_command(jobs, output, *prepare(**options), dry_run, report)
+    work, describe = prepare(**options)
+    if blocks:
+        return blocks_command(jobs, work, pyramid, dry_run, report)
+    return run_command(jobs, output, work, describe, dry_run, report)
 
 
 @with_options_of(prepare)

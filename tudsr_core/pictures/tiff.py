@@ -40,28 +40,47 @@ def read_tiff(path: Path, max_megapixels: float | None = None) -> Raster | None:
 
     Raises Unsuitable with a reason, and whatever damage leads to (ValueError, or what tifffile raises).
     """
+    size = path.stat().st_size
+    with _first_page(path) as (page, notes):
+        _check_page(page, size, max_megapixels)
+        if page.compression in DECODED_BY_PILLOW or page.photometric == YCBCR:
+            if page.bitspersample not in (1, 8):
+                what, remedy = ("YCbCr", "as RGB") if page.compression == NONE else ("compressed", "without JPEG")
+                raise Unsuitable(f"its {what} samples are {page.bitspersample}-bit; save it {remedy}")
+            return None
+        _check_segments(page, size)
+        array = page.asarray(maxworkers=1, squeeze=False)[:, 0]
+        planes = array[..., 0] if array.shape[0] > 1 else np.moveaxis(array[0], -1, 0)
+        return _interpret(page, planes, page.tags.valueof(PROFILE), notes)
+
+
+def checked_page(path: Path, max_megapixels: float | None = None):  # noqa: ANN201
+    """Return tifffile's page of the first picture, for its strips to be decoded one by one.
+
+    Raises what `read_tiff` does, and Unsuitable where Pillow would have to decode it.
+    """
+    size = path.stat().st_size
+    with _first_page(path) as (page, _):
+        _check_page(page, size, max_megapixels)
+        _check_segments(page, size)
+        # looked up while the file is open
+        _ = page.dataoffsets, page.databytecounts, page.decode, page.tags.valueof(PROFILE)
+        return page
+
+
+@contextmanager
+def _first_page(path: Path):
+    """Yield tifffile's first page of a file whose directory is sound, and notes."""
     import tifffile
 
-    size = path.stat().st_size
     with _quiet_tifffile(), path.open("rb") as file:
-        notes = ["this file holds several pictures; only the first is used"] if _check_directory(file, size) else []
+        more = _check_directory(file, path.stat().st_size)
         file.seek(0)
         flags = [f"is_{name}" for name in tifffile.TIFF.FILE_FLAGS]
         # Older versions work some out themselves, and do not let them be set.
         settable = [flag for flag in flags if not isinstance(getattr(tifffile.TiffFile, flag, None), property)]
         with tifffile.TiffFile(file, **dict.fromkeys(settable, False)) as tiff:
-            page = tiff.pages[0]
-            _check_page(page, size, max_megapixels)
-            if page.compression in DECODED_BY_PILLOW or page.photometric == YCBCR:
-                if page.bitspersample not in (1, 8):
-                    what, remedy = ("YCbCr", "as RGB") if page.compression == NONE else ("compressed", "without JPEG")
-                    raise Unsuitable(f"its {what} samples are {page.bitspersample}-bit; save it {remedy}")
-                return None
-            _check_segments(page, size)
-            array = page.asarray(maxworkers=1, squeeze=False)[:, 0]
-            planes = array[..., 0] if array.shape[0] > 1 else np.moveaxis(array[0], -1, 0)
-            raster = _interpret(page, planes, page.tags.valueof(PROFILE), notes)
-    return raster
+            yield tiff.pages[0], ["this file holds several pictures; only the first is used"] if more else []
 
 
 @contextmanager

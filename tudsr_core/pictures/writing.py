@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -96,16 +96,20 @@ def write_picture(
             if before_rename:
                 before_rename(temporary)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise NoRoomError(
-                f"{path} was not written: there is no room left on the disk of {path.parent}; free some space and run "
-                "again"
-            ) from error
-        raise PictureError(f"{path} was not written: {error.strerror or error}") from error
+        raise refusal(path, error) from error
 
 
-def _to_array(picture: Picture) -> np.ndarray:
-    """Return `H W` or `H W C` of uint8 or uint16, rounded to nearest."""
+def refusal(path: Path, error: OSError) -> PictureError:
+    """Return what to say of a file that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return NoRoomError(
+            f"{path} was not written: there is no room left on the disk of {path.parent}; free some space and run again"
+        )
+    return PictureError(f"{path} was not written: {error.strerror or error}")
+
+
+def to_array(picture: Picture) -> np.ndarray:
+    """Return a picture's pixels as a file has them: `H W` or `H W C` of uint8 or uint16, rounded to nearest."""
     pixels = picture.pixels[0]
     if picture.is_grey:
         color = pixels[:3].mean(0, keepdim=True)
@@ -117,7 +121,7 @@ def _to_array(picture: Picture) -> np.ndarray:
 
 
 def _encode(file: BinaryIO, kind: str, picture: Picture, quality: int, size: tuple[int, int]) -> None:
-    array = _to_array(picture)
+    array = to_array(picture)
     if kind == "TIFF":
         return _encode_tiff(file, array, picture)
     found = exif_for(picture, kind, size)
@@ -143,18 +147,19 @@ def _encode(file: BinaryIO, kind: str, picture: Picture, quality: int, size: tup
 def _encode_tiff(file: BinaryIO, array: np.ndarray, picture: Picture) -> None:
     import tifffile
 
+    tifffile.imwrite(file, array, compression="zlib", predictor=True, **tiff_options(array, picture))
+
+
+def tiff_options(array: np.ndarray, picture: Picture) -> dict[str, Any]:
+    """Return tifffile's parameters for pixels of the kind of `array`, and for what travels along."""
     # tifffile has parameters of its own for two of the tags, and wants ASCII or bytes
     texts = {tag: text_bytes(text) for tag, text in fields_of(picture.exif)[None].items() if isinstance(text, str)}
     named = {name: texts.pop(tag, None) for tag, name in ((270, "description"), (305, "software"))}
     channels = array.shape[-1] if array.ndim == 3 else 1
-    tifffile.imwrite(
-        file,
-        array,
+    return dict(
         photometric="rgb" if channels >= 3 else "minisblack",
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
         planarconfig="contig" if array.ndim == 3 else None,
-        compression="zlib",
-        predictor=True,
         iccprofile=picture.icc,
         resolution=picture.dpi,
         resolutionunit="INCH" if picture.dpi else None,

@@ -7,7 +7,7 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
-    blending="TileBlender",
+    blending="TileBlender tile_weights",
     fitting="AUTO_TILES_PX NetworkFacts PublishedTiling Size batch_for "
     "check_tiles fit_overlap published_tiles tile_bytes tiles_for",
     plan="Spacing Tile TilePlan plan_tiles",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,10 @@ class Log:
         return SummaryWriter(str(folder))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Add the numbers of one step."""
+        """Add the numbers of one step; JSON has no infinity and no NaN, they are null there."""
+        plain = {name: round(value, 6) if math.isfinite(value) else None for name, value in numbers.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | {name: round(value, 6) for name, value in numbers.items()}) + "\n")
+            file.write(json.dumps({"step": step} | plain) + "\n")
         for name, value in numbers.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 
