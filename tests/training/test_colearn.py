@@ -14,6 +14,7 @@ from tudsr_core.backends.local import load_embedded
 from tudsr_core.methods.plan import Target
 from tudsr_core.methods.two_stage import TwoStage, UpscaleOptions
 from tudsr_core.models.downsampler import load_downsampler
+from tudsr_core.pictures.files import PictureError
 from tudsr_core.pictures.tensors import resize
 from tudsr_core.training.colearn import Colearner
 from tudsr_core.training.colearn_config import (
@@ -319,6 +320,13 @@ def test_a_loss_without_a_number_keeps_the_last_good_checkpoint(root):
     last = Colearner(config)
     last.resume()
     assert all(value.isfinite().all() for value in state(last).values())
+
+
+def test_a_damaged_picture_is_named_also_by_a_worker(root):
+    whole = (root / "good" / "1.png").read_bytes()
+    (root / "good" / "1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PictureError, match=r"good/1\.png"):
+        run(Colearner(small(root, "downsampler", data={"workers": 1})))
 
 
 def test_what_is_no_start_is_refused(root):

@@ -261,7 +261,7 @@ class ColearnConfig:
 
     def said(self) -> dict[str, Any]:
         """Return all settings as plain values, paths by their last name, for checkpoints and exports."""
-        return plain_values(asdict(self))
+        return plain_values(asdict(replace(self, model=replace(self.model, base=Path(self.model.base).name))))
 
 
 def read_colearn(path: Path, task: Literal["downsampler", "colearn"]) -> ColearnConfig:

@@ -6,9 +6,11 @@ So workers, processes and restarts change nothing, and where a training stands i
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from ..pictures import (
     sample_degradation,
 )
 from .config import ConfigError, DataConfig
+
+T = TypeVar("T")
 
 # What a random stream is for, so that none repeats another's draws.
 ORDER, CROP, NETWORK, VALIDATION = range(4)
@@ -55,21 +59,26 @@ class Batch:
     low: Tensor
 
 
-class Pictures(Dataset):
+class Numbered(Dataset):
+    """Samples by number; `sample` is what a subclass makes one of."""
+
+    def __getitem__(self, number: int) -> tuple | PictureError:
+        """Return the sample; a picture's error as a value, which leaves a worker in one line."""
+        try:
+            return self.sample(number)
+        except PictureError as error:
+            return error
+
+
+class Pictures(Numbered):
     """The sharp pictures of the folders; item n is one crop and its degraded twin."""
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self.files = [file for folder in config.folders for file in find_pictures(folder)]
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor, Tensor] | PictureError:
-        """Return number, crop and degraded twin; a picture's error as a value, which leaves a worker in one line."""
-        try:
-            return self._sample(number)
-        except PictureError as error:
-            return error
-
-    def _sample(self, number: int) -> tuple[int, Tensor, Tensor]:
+    def sample(self, number: int) -> tuple[int, Tensor, Tensor]:
+        """Return number, crop and degraded twin."""
         epoch, place = divmod(number, len(self.files))
         order = rng_of(self.seed, ORDER, epoch).permutation(len(self.files))
         rng = rng_of(self.seed, CROP, number)
@@ -126,12 +135,16 @@ def batches(pictures: Pictures, start: int, process: int = 0, processes: int = 1
     Batch k of all processes together holds the samples from k x processes x batch size on. Raises
     PictureError for a file that cannot be read.
     """
-    numbers = Numbers(start, pictures.config.batch, process, processes)
+    return loaded(pictures, Numbers(start, pictures.config.batch, process, processes), _stack)
+
+
+def loaded(pictures: Numbered, numbers: Numbers, stack: Callable[[Sequence[tuple]], T]) -> Iterator[T]:
+    """Yield what `stack` makes of the samples of each batch of `numbers`; raises PictureError."""
     loader = DataLoader(
         pictures,
         batch_sampler=numbers,
         num_workers=pictures.config.workers,
-        collate_fn=_stack,
+        collate_fn=partial(_whole_or_error, stack),
         worker_init_fn=_leave_interrupts_to_the_first_process,
     )
     for batch in loader:
@@ -145,8 +158,11 @@ def _leave_interrupts_to_the_first_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _stack(items: Sequence[tuple[int, Tensor, Tensor] | PictureError]) -> Batch | PictureError:
-    if errors := [item for item in items if isinstance(item, PictureError)]:
-        return errors[0]
+def _whole_or_error(stack: Callable[[Sequence[tuple]], T], items: Sequence[tuple | PictureError]) -> T | PictureError:
+    errors = [item for item in items if isinstance(item, PictureError)]
+    return errors[0] if errors else stack(items)
+
+
+def _stack(items: Sequence[tuple[int, Tensor, Tensor]]) -> Batch:
     numbers, sharp, low = zip(*items, strict=True)
     return Batch(tuple(numbers), torch.stack(sharp), torch.stack(low))

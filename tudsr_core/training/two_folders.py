@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ..pictures import RECIPES, clean, degrade, read_picture, sample_degradation
 from .colearn_config import PairsConfig
 from .config import ConfigError
-from .samples import CROP, ORDER, Numbers, find_pictures, random_crop, rng_of
+from .samples import CROP, ORDER, Numbered, Numbers, find_pictures, loaded, random_crop, rng_of
 
 FACTOR = 4  # the grid that downsamplers work on
 ORIENTATION = 0x0112  # of EXIF
@@ -43,7 +42,7 @@ class Sample:
         return replace(self, good=self.good.to(device), damaged=self.damaged.to(device), poor=poor)
 
 
-class TwoFolders(Dataset):
+class TwoFolders(Numbered):
     """The pictures of both kinds of folders; raises ConfigError for such that cannot be what was meant."""
 
     def __init__(self, config: PairsConfig, seed: int) -> None:
@@ -87,7 +86,8 @@ class TwoFolders(Dataset):
                 )
         return found
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor, Tensor, Tensor | None, bool]:
+    def sample(self, number: int) -> tuple[int, Tensor, Tensor, Tensor | None, bool]:
+        """Return number, good crop, its classical damage, the poor crop, and whether the damage is the pair."""
         file, rng = self._chosen(self.good, number), rng_of(self.seed, CROP, number)
         picture = read_picture(file).pixels[:, :3]
         poor = None
@@ -141,9 +141,8 @@ def aligned_crop(picture: Tensor, side: int, rng: np.random.Generator) -> Tensor
 
 
 def samples(pictures: TwoFolders, start: int) -> Iterator[Sample]:
-    """Yield batches without end, from the one numbered `start` on."""
-    numbers = Numbers(start, pictures.config.batch, 0, 1)
-    yield from DataLoader(pictures, batch_sampler=numbers, num_workers=pictures.config.workers, collate_fn=_stack)
+    """Yield batches without end, from the one numbered `start` on. Raises PictureError for an unreadable file."""
+    return loaded(pictures, Numbers(start, pictures.config.batch, 0, 1), _stack)
 
 
 def _stack(items: Sequence[tuple]) -> Sample:
