@@ -98,6 +98,17 @@ def test_the_encoder_in_its_published_size():
     assert max(map(relative, ours, encode(network.state_dict(), z, t))) < 1e-5
 
 
+def test_the_transforms_in_their_published_size():
+    torch.manual_seed(0)
+    channels = channels_of(UNET_CHANNELS["full"])
+    network = StableSR(**FULL, channels=channels).eval().requires_grad_(False)
+    weights, s = network.state_dict(), torch.randn(2, 256, 5, 7)
+    for place, width in channels.items():
+        h = torch.randn(2, width, 5, 7)
+        ours = network.transform(place)(h, s, torch.tensor([1, 0]))
+        assert relative(ours, transform(weights, place, h, s.flip(0))) < 1e-5, place
+
+
 def test_timesteps_may_differ_by_row(tensors, path):
     z = latents(16, 16, batch=2)
     ours = load_stablesr(path).features(z, torch.tensor([999.0, 7.0]))
