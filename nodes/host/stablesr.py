@@ -57,12 +57,10 @@ class ManagedStableSR:
             raise CheckpointError(
                 f"{self.name} was trained with Stable Diffusion 2.1, but this MODEL is 1.x; load SD2.1-base"
             )
-        if reason := network.misfit(blocks_of(model.model.diffusion_model)):
-            raise CheckpointError(f"{self.name} does not fit this MODEL: {reason}; load SD2.1-base (SD2.1 for 768v)")
         v = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION)
-        if network.prediction and v != (network.prediction == "v_prediction"):
-            wanted = "SD2.1-base (512) or SD-Turbo" if v else "SD2.1 (768, v prediction)"
-            raise CheckpointError(f"{self.name} was trained with another kind of prediction; load {wanted}")
+        prediction = "v_prediction" if v else "epsilon"
+        if reason := network.misfit(blocks_of(model.model.diffusion_model), prediction):
+            raise CheckpointError(f"{self.name} does not fit this MODEL: {reason}; load SD2.1-base (SD2.1 for 768v)")
 
 
 class Steering:

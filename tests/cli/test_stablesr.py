@@ -114,6 +114,6 @@ def test_files_of_other_models_are_refused(files, tmp_path):
         load_stablesr_networks(files / "base", tmp_path / "wide.safetensors")
     torch.save(random_tensors(), tmp_path / "webui_768v_139.ckpt")
     with pytest.raises(
-        CheckpointError, match=r"trained with SD2.1 \(768, v prediction\), but the UNet predicts epsilon"
+        CheckpointError, match="predicts epsilon, and this was trained with v_prediction; use SD2.1-base, or"
     ):
         load_stablesr_networks(files / "base", tmp_path / "webui_768v_139.ckpt")

@@ -244,8 +244,10 @@ def test_what_is_not_stablesr_or_not_whole_is_named(tensors, tmp_path):
 
 def test_a_unet_of_other_channels_does_not_fit(path, unet):
     network = load_stablesr(path)
-    assert network.misfit(diffusers_blocks(unet)) == ""
+    assert network.misfit(diffusers_blocks(unet), "epsilon") == ""
     wide = UNet2DConditionModel(**SMALL_UNET | dict(block_out_channels=(32, 64, 64, 128)))
-    assert "input_blocks.10.0 has 128 channels, not 64" in network.misfit(diffusers_blocks(wide))
+    assert "input_blocks.10.0 has 128 channels, not 64" in network.misfit(diffusers_blocks(wide), "epsilon")
     short = UNet2DConditionModel(**SMALL_UNET | dict(layers_per_block=1))
-    assert "14 residual blocks, not 22" in network.misfit(diffusers_blocks(short))
+    assert "14 residual blocks, not 22" in network.misfit(diffusers_blocks(short), "epsilon")
+    network.prediction = "v_prediction"
+    assert "predicts epsilon, and this was trained with v_prediction" in network.misfit({}, "epsilon")

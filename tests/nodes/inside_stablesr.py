@@ -309,10 +309,10 @@ def check_what_cannot_be_is_said_in_one_line():
     refused(lambda: sample(steered, wide, carried, carried), "16 x 16 latents", "24 x 16")
     managed = stablesr()
     managed.patcher.model.prediction = "v_prediction"
-    refused(lambda: managed.apply(model_of()), "another kind of prediction", "SD2.1 (768, v prediction)")
+    refused(lambda: managed.apply(model_of()), "predicts epsilon", "SD2.1 for 768v")
     managed.apply(model_of("v"))
     managed.patcher.model.prediction = "epsilon"
-    refused(lambda: managed.apply(model_of("v")), "SD2.1-base")
+    refused(lambda: managed.apply(model_of("v")), "predicts v_prediction", "SD2.1-base")
     refused(lambda: managed.apply(part("nodes.loaders").LoadEmbedded.execute().args[0]), "does not fit this MODEL")
     config = published_model()[0]
     config.model.model_config.unet_config["context_dim"] = 768

@@ -8,6 +8,6 @@ from .._lazy import public_names
 __all__, __getattr__ = public_names(
     __name__,
     local="AdapterOptions load_embedded load_sd2 load_sd21 pick_device",
-    stablesr="StableSRNetworks check_prediction load_stablesr_networks",
+    stablesr="StableSRNetworks load_stablesr_networks",
     sd21="TEXT_PREFIXES UNET_PREFIX VAE_PREFIX",
 )

@@ -72,19 +72,11 @@ def load_stablesr_networks(
     backbone = read_backbone(base, device, dtype, tokenizer)
     if backbone.unet.config.cross_attention_dim == 768:
         raise CheckpointError(f"{base} is Stable Diffusion 1.x; StableSR was trained with 2.1, use SD2.1-base")
-    if reason := network.misfit(diffusers_blocks(backbone.unet)):
+    if reason := network.misfit(diffusers_blocks(backbone.unet), backbone.prediction):
         raise CheckpointError(
             f"{stablesr} does not fit the UNet of {base}: {reason}; use SD2.1-base, or SD2.1 for 768v"
         )
-    check_prediction(network, backbone.prediction, stablesr.name)
     if cfw is not None and fidelity:
         fuse = nn.Module.to(load_wrapping(cfw), backbone.device, backbone.dtype)
         backbone.fusion = wrapping(fuse, fidelity)
     return StableSRNetworks(backbone, network)
-
-
-def check_prediction(network: StableSR, prediction: str, name: str) -> None:
-    """Raise CheckpointError if `network` is known to be trained with a UNet of another `prediction`."""
-    if network.prediction and network.prediction != prediction:
-        wanted = {"epsilon": "SD2.1-base (512)", "v_prediction": "SD2.1 (768, v prediction)"}[network.prediction]
-        raise CheckpointError(f"{name} was trained with {wanted}, but the UNet predicts {prediction}; load {wanted}")

@@ -216,8 +216,13 @@ class StableSR(nn.Module):
                 hooks.callback(handle.remove)
             yield
 
-    def misfit(self, blocks: Mapping[str, nn.Module]) -> str:
-        """Say where the UNet of `blocks`, convolutions by place, differs from the one this was trained with, or ""."""
+    def misfit(self, blocks: Mapping[str, nn.Module], prediction: str) -> str:
+        """Say how a UNet differs from the one this was trained with, "" if it does not.
+
+        `blocks`: its convolutions by place; `prediction`: "epsilon" or "v_prediction".
+        """
+        if self.prediction not in ("", prediction):
+            return f"it predicts {prediction}, and this was trained with {self.prediction}"
         if len(blocks) != len(PLACES):
             return f"it has {len(blocks)} residual blocks, not {len(PLACES)}"
         for place in PLACES:
