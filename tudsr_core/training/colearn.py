@@ -19,7 +19,7 @@ from .colearn_terms import Judge, Made, Terms
 from .config import ConfigError
 from .samples import rng_of
 from .state import load_optimizer, load_state, optimizer_tensors, save_state, saved_steps
-from .trainer import Report, TrainingError, interrupts, is_number
+from .trainer import Patience, Report, interrupts, is_number
 from .two_folders import Sample, TwoFolders, samples
 
 REPLAY = 20  # purpose of the random numbers that choose a snapshot
@@ -49,7 +49,8 @@ class Colearner:
         self.average = {name: _copies(self.parameters[name]) for name in kept if name in self.parameters}
         self.replayed = copy.deepcopy(self.networks.down).requires_grad_(False)
         self.snapshots: list[dict[str, Tensor]] = []
-        self.step, self.skipped, self.interrupted = 0, 0, False
+        self.step, self.interrupted = 0, False
+        self.patience = Patience(config.run.patience)
 
     def _adamw(self, name: str, own: dict[str, nn.Parameter]) -> torch.optim.AdamW:
         o, rates = self.config.optimizer, {"down": "down_rate", "high": "critic_rate", "low": "critic_rate"}
@@ -97,16 +98,10 @@ class Colearner:
 
     def _finish(self, numbers: dict[str, float], turn: set[str]) -> dict[str, float]:
         self.step += 1
-        if all(map(is_number, numbers.values())) and self._step_optimizers(turn, numbers):
-            self.skipped = 0
-            return numbers
-        self._zero()
-        self.skipped += 1
-        if self.skipped >= self.config.run.patience:
-            raise TrainingError(
-                f"no finite loss in {self.skipped} steps up to step {self.step}; lower the rates, or compute in fp32"
-            )
-        return numbers | {"skipped": float(self.skipped)}
+        stepped = all(map(is_number, numbers.values())) and self._step_optimizers(turn, numbers)
+        if not stepped:
+            self._zero()
+        return self.patience.after(self.step, numbers, stepped)
 
     def _step_optimizers(self, turn: set[str], numbers: dict[str, float]) -> bool:
         """Clip and step; return False, with nothing changed, if a gradient is not finite."""

@@ -32,6 +32,25 @@ class TrainingError(RuntimeError):
     """A training that cannot go on; the message says what to change."""
 
 
+class Patience:
+    """Counts steps in a row that had no number, and loses itself after `most` of them."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.skipped = most, 0
+
+    def after(self, step: int, numbers: dict[str, float], stepped: bool) -> dict[str, float]:
+        """Return what to report of a step, "skipped" with it if it was not taken; raises TrainingError at the end."""
+        if stepped:
+            self.skipped = 0
+            return numbers
+        self.skipped += 1
+        if self.skipped >= self.most:
+            raise TrainingError(
+                f"no finite loss in {self.skipped} steps up to step {step}; lower the rates, or compute in fp32"
+            )
+        return numbers | {"skipped": float(self.skipped)}
+
+
 class Trainer:
     """One training of stage 1 or 2, on this process's share of the data."""
 
@@ -61,7 +80,8 @@ class Trainer:
             self.critic_module = self.accelerator.unwrap_model(self.critic)
         self.average = self._average()
         self.first = first
-        self.step, self.skipped, self.interrupted, self.stopping = 0, 0, False, False
+        self.step, self.interrupted, self.stopping = 0, False, False
+        self.patience = Patience(config.run.patience)
 
     @property
     def device(self) -> torch.device:
@@ -128,16 +148,10 @@ class Trainer:
                     sums[name] = sums.get(name, 0) + value.detach().float() / len(chunks)
         numbers = self._shared(sums)
         self.step += 1
-        if all(map(is_number, numbers.values())) and self._step_optimizers(numbers):
-            self.skipped = 0
-            return numbers
-        self._zero()
-        self.skipped += 1
-        if self.skipped >= self.config.run.patience:
-            raise TrainingError(
-                f"no finite loss in {self.skipped} steps up to step {self.step}; lower the rate, or compute in fp32"
-            )
-        return numbers | {"skipped": float(self.skipped)}
+        stepped = all(map(is_number, numbers.values())) and self._step_optimizers(numbers)
+        if not stepped:
+            self._zero()
+        return self.patience.after(self.step, numbers, stepped)
 
     def add_gradients(self, chunk: Chunk, weight: float) -> dict[str, Tensor]:
         """Run both passes over one chunk; each leaves `weight` times its gradient on its own network alone."""
