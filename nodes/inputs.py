@@ -155,7 +155,7 @@ def later_inputs() -> list[io.Input]:
         switch_input(
             "published",
             DEFAULTS.published,
-            "Tiles exactly as the method's own script has them: OMGSR and TUDSR 512 px that overlap by 256, "
+            "Tiles exactly as the method's own script has them: OMGSR, HYPIR and TUDSR 512 px that overlap by 256, "
             "OSEDiff and PiSA-SR 768 by 256, with its places and weights; tile, overlap and window are then not used. "
             "Turn it on to reproduce a paper's picture.",
             optional=True,

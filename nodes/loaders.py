@@ -137,8 +137,8 @@ class LoadAdapter(io.ComfyNode):
             display_name="Load TUDSR Adapter",
             category=CATEGORY,
             description="Puts a one-step adapter from models/tudsr onto SD2.1-base: TUDSR or OMGSR (folder or "
-            ".safetensors), OSEDiff or PiSA-SR (.pkl), or InvSR (.pth, onto SD-Turbo). Base weights are shared by all "
-            "stages. See the help page for which file gives what.",
+            ".safetensors), HYPIR (.pth), OSEDiff or PiSA-SR (.pkl), or InvSR (.pth, onto SD-Turbo). Base weights are "
+            "shared by all stages. See the help page for which file gives what.",
             inputs=[
                 io.Model.Input(
                     "model",

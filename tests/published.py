@@ -158,6 +158,19 @@ def pisa(path: Path) -> Published:
     return Published(path, {"pix": pixel, "eps": eps_of(unet, 1)}, None, unet, vae)
 
 
+HYPIR_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_shortcut", "conv_out"]
+HYPIR_TARGETS += ["proj_in", "proj_out", "ff.net.2", "ff.net.0.proj"]
+
+
+def hypir(path: Path) -> Published:
+    """HYPIR: a flat pickle of the UNet's own low-rank keys, alpha = rank, nothing else."""
+    unet, vae = networks()
+    unet.add_adapter(LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=HYPIR_TARGETS))
+    randomise(unet, 9)
+    torch.save({key: value for key, value in unet.state_dict().items() if "lora" in key}, path)
+    return Published(path, {"eps": eps_of(unet, 200)}, None, unet, vae)
+
+
 def plain_lora(path: Path, style: str) -> Published:
     """A LoRA of SD2.x with alpha 2 at rank 4, as `diffusers`, `old diffusers` or `kohya` would save it."""
     unet, _ = networks()
@@ -201,6 +214,7 @@ def write_all(folder: Path) -> dict[str, Published]:
     """Write every format into `folder`."""
     return {
         "omgsr": omgsr(folder / "omgsr"),
+        "hypir": hypir(folder / "hypir_sd2.pth"),
         "osediff": osediff(folder / "osediff.pkl"),
         "pisa": pisa(folder / "pisa_sr.pkl"),
         "diffusers": plain_lora(folder / "diffusers.safetensors", "diffusers"),

@@ -121,6 +121,15 @@ Every tile sees its part of the low-resolution picture **and** its own words.
 - decoding needs the memory of one tile, CFW too
 
 Needs SD2.1-base, CLIP-ViT-H-14 and StableSR's two files (template 10).""",
+    "14-hypir": """## Restore and enlarge with HYPIR
+One step that cleans up and invents detail. For x8 the same adapter works twice: x4, then x2.
+Or give **stage_two** a TUDSR stage-two adapter: HYPIR restores, TUDSR enlarges.
+
+1. `models/checkpoints`: **v2-1_512-ema-pruned.safetensors**
+2. `models/tudsr`: **HYPIR_sd2.pth** (its licence is non-commercial)
+
+- the prompt steers what is invented: say what the picture shows, or leave it empty
+- **strength** of the adapter: lower is closer to the input""",
     "07-zoomed-in-diffused-out": """## Zoomed In, Diffused Out
 SD2.x, a **tile ControlNet**, a prompt per tile, CFG 5.5, 50 DDPM steps (t = 981 ... 1) from the
 noised low-resolution latent, on the **stock KSampler**: the conditions hold one area per tile.
@@ -142,6 +151,7 @@ STAND_IN_ONLY = (
     "11-stablesr-768v",
     "12-stablesr-turbo",
     "13-stablesr-tile-prompts-4k",
+    "14-hypir",
 )
 
 
@@ -183,7 +193,7 @@ def model_link(node: dict) -> dict | None:
     """Return where ComfyUI offers to download a loader's model from, if that needs no browser."""
     if node["type"] == "CLIPVisionLoader":
         return CLIP_VISION
-    loads = node["type"] in ("CheckpointLoaderSimple", "TUDSRLoadStableSR", "TUDSRLoadCFW")
+    loads = node["type"] in ("CheckpointLoaderSimple", "TUDSRLoadAdapter", "TUDSRLoadStableSR", "TUDSRLoadCFW")
     known = known_file(node["widgets_values"][0]) if loads else None
     return {"name": known.name, "url": known.url, "directory": known.folder} if known and known.url else None
 

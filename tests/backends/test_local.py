@@ -15,8 +15,8 @@ from tudsr_core.backends import sd21
 from tudsr_core.backends.clip_tokens import tokens_of
 from tudsr_core.backends.local import AdapterOptions, load_embedded, load_sd21, pick_device
 from tudsr_core.backends.sd21 import Architecture, read_base
-from tudsr_core.methods.plan import Target
-from tudsr_core.methods.two_stage import UpscaleOptions, plan_for, upscale
+from tudsr_core.methods.plan import StageLimits, Target
+from tudsr_core.methods.two_stage import TwoStageModel, UpscaleOptions, plan_for, upscale
 from tudsr_core.pictures.tensors import resize
 from tudsr_core.vae.settings import VAETiling
 from tudsr_core.weights.checkpoints import embedded_path
@@ -180,6 +180,7 @@ def published_base(tmp_path_factory, small_sd, published_files):
     ("name", "options", "branches"),
     [
         ("omgsr", AdapterOptions(method="omgsr"), 1),
+        ("hypir", AdapterOptions(prompt="a b"), 1),
         ("osediff", AdapterOptions(prompt="a b"), 1),
         ("pisa", AdapterOptions(), 1),
         ("pisa", AdapterOptions(fidelity=0.6, detail=1.3), 2),
@@ -201,7 +202,7 @@ def test_published_adapters_upscale_as_their_papers_say(published_base, name, op
     assert ticks[-1][0] == ticks[-1][1] == model.first.networks.vae_calls((64, 96)) + branches
     text = model.first.networks.condition(options.prompt or "")
     z = made.vae.encode(resize(image, (64, 96)).clamp(0, 1) * 2 - 1).latent_dist.mode() * 0.18215
-    t = {"omgsr": 273, "osediff": 999, "pisa": 1}[name]
+    t = {"omgsr": 273, "hypir": 200, "osediff": 999, "pisa": 1}[name]
 
     def eps(*names):
         if names:
@@ -212,16 +213,33 @@ def test_published_adapters_upscale_as_their_papers_say(published_base, name, op
         full, pixel = eps("pix", "sem"), eps("pix")
         z = z - (options.fidelity * pixel + options.detail * (full - pixel))
     else:
-        abar = {273: 0.635743, 999: 0.004660095}[t]
+        abar = {200: 0.753692, 273: 0.635743, 999: 0.004660095}[t]
         z = (z - (1 - abar) ** 0.5 * eps()) / abar**0.5
     wanted = (made.vae.decode(z / 0.18215).sample / 2 + 0.5).clamp(0, 1)
     assert (ours - wanted).abs().max() < (1e-3 if t == 999 else 1e-4)
     assert ours.std() > 0.05
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("one", "two"), [("hypir", "hypir"), ("hypir", "omgsr"), ("kohya", "hypir")])
+def test_any_one_step_adapter_takes_either_stage(published_base, one, two):
+    """x4 then x2, each the adapter's own formula; one taken for TUDSR's is at 200 in stage one and 50 in stage two."""
+    base, files = published_base
+    model = load_sd21(base, files[one].path, files[two].path, device="cpu")
+    image, plain = photo(8, 16), UpscaleOptions(color_fix="none", native_size=False)
+    wanted = image
+    for stage, size in ((model.first, (32, 64)), (model.second, (64, 128))):
+        wanted = upscale(wanted, TwoStageModel(stage, None, StageLimits(4, 2, 4)), Target(height=size[0]), plain)
+    assert (upscale(image, model, Target(scale=8), plain) - wanted).abs().max() < 1e-6
+    assert [stage.steps[0].t for stage in (model.first, model.second)] == [200, 50 if two == "omgsr" else 200]
+    lines = plan_for(model, (8, 16), Target(scale=8), plain).describe()
+    for line, name in zip(lines[-3:-1], (one, two), strict=True):
+        assert ("HYPIR" if name == "hypir" else "TUDSR") in line
+
+
 def test_published_tiles_follow_the_adapter_that_is_loaded(published_base):
     base, files = published_base
-    for name, side in (("omgsr", 512), ("osediff", 768), ("pisa", 768)):
+    for name, side in (("omgsr", 512), ("hypir", 512), ("osediff", 768), ("pisa", 768)):
         model = load_sd21(base, files[name].path, device="cpu")
         plan = plan_for(model, (200, 250), Target(scale=4), UpscaleOptions(published=True))
         assert f" tiles of {side} x {side} as published" in plan.describe()[1]

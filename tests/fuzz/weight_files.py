@@ -93,6 +93,11 @@ def osediff() -> Tree:
     return tree
 
 
+def hypir() -> Tree:
+    """Return what HYPIR publishes: the UNet's own keys, and nothing else."""
+    return {f"{p}.lora_{h}.default.weight": x for p, s in UNET.items() for h, x in zip("AB", halves(s), strict=True)}
+
+
 def pisa() -> Tree:
     """Return what PiSA-SR saves."""
     lists = {"encoder": [QUERY, FIRST], "decoder": [], "others": [CONV]}
@@ -177,7 +182,7 @@ def read_back(path: Path) -> Tree:
 SUFFIXES = {
     **dict.fromkeys(("own", "model", "tagger", "kohya", "diffusers", "peft file"), ".safetensors"),
     "base": ".base",
-    **{"osediff": ".pkl", "pisa": ".pkl", "invsr": ".pth", "cfw": ".pt", "peft": "", "omgsr": ""},
+    **{"hypir": ".pth", "osediff": ".pkl", "pisa": ".pkl", "invsr": ".pth", "cfw": ".pt", "peft": "", "omgsr": ""},
 }
 
 
@@ -197,6 +202,7 @@ def whole_files(scratch: Path) -> dict[str, Tree]:
         "diffusers": diffusers(),
         "peft file": peft(UNET)["adapter_model.safetensors"],
         "base": base(),
+        "hypir": hypir(),
         "osediff": osediff(),
         "pisa": pisa(),
         "invsr": invsr(),

@@ -43,7 +43,7 @@ def script_sizes(width, height, upscale=4, process=512):
     return tuple(side - side % 8 for side in seen), (upscale * width, upscale * height)
 
 
-@pytest.mark.parametrize("method", ["tudsr", "omgsr", "osediff", "pisa-sr"])
+@pytest.mark.parametrize("method", ["tudsr", "omgsr", "hypir", "osediff", "pisa-sr"])
 @pytest.mark.parametrize("factor", [2, 3, 4])
 def test_sizes_are_those_of_the_methods_scripts(method, factor):
     """All sizes up to 150 px; where their float product falls short of a whole number, they lose a pixel."""

@@ -19,6 +19,7 @@ from tudsr_core.tiling.windows import window
 SCRIPTS = {
     "tudsr": (64, 32, 0.5, 0.753692),
     "omgsr": (64, 32, 0.5, 0.635743),
+    "hypir": (64, 32, 0.5, 0.753692),
     "osediff": (96, 32, 0.5, 0.004660095),
     "pisa-sr": (96, 32, 0.0, None),
 }

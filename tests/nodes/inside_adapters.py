@@ -41,7 +41,8 @@ def wanted(name):
 def check_every_published_adapter_equals_peft_through_comfyui():
     base, vae = published_model()
     plain = comfy_eps(base, 200)
-    for name, t in (("omgsr", 273), ("osediff", 999), ("pisa_sr", 1), ("kohya", 200), ("diffusers", 200)):
+    formats = {"omgsr": 273, "hypir_sd2": 200, "osediff": 999, "pisa_sr": 1, "kohya": 200, "diffusers": 200}
+    for name, t in formats.items():
         model, patched, _ = load_published(name, base, vae)
         ours, theirs = comfy_eps(model, t), wanted(f"{name}.eps")
         assert (ours - theirs).abs().max() < 2e-5, (name, float((ours - theirs).abs().max()))

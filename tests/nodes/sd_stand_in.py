@@ -145,7 +145,7 @@ def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def write(models: Path) -> None:
-    """Write the checkpoint, two peft adapters and a PiSA-SR file under ComfyUI's `models` folder."""
+    """Write the checkpoint, two peft adapters, a PiSA-SR and a HYPIR file under ComfyUI's `models` folder."""
     import published
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
@@ -171,6 +171,7 @@ def write(models: Path) -> None:
         adapted.save_pretrained(models / "tudsr" / folder / "unet_lora_adapter")
         unet = adapted.unload()
     published.pisa(models / "tudsr" / "pisa_sr.pkl")
+    published.hypir(models / "tudsr" / "HYPIR_sd2.pth")
     write_for_stablesr(models, tensors)
 
 

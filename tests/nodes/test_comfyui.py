@@ -273,4 +273,4 @@ def test_a_missing_adapter_says_where_to_put_it(server):
     options = info["input"]["required"]["adapter"]
     names = options[1].get("options") or options[0]
     stablesr = ["stablesr_000117.ckpt", "vqgan_cfw_00011.ckpt", "webui_768v_139.ckpt"]
-    assert names == sorted(["pisa_sr.pkl", "tudsr-stage-one", "tudsr-stage-two", *stablesr])
+    assert names == sorted(["HYPIR_sd2.pth", "pisa_sr.pkl", "tudsr-stage-one", "tudsr-stage-two", *stablesr])

@@ -18,9 +18,10 @@ from tudsr_core.weights.formats import dotted
 from tudsr_core.weights.tensor_files import CheckpointError
 
 TIMESTEP = {"omgsr": 273, "osediff": 999, "pisa": 1, "peft file": 273}
-LORA = ("omgsr", "osediff", "pisa", "diffusers", "old diffusers", "kohya", "peft file")
+LORA = ("omgsr", "hypir", "osediff", "pisa", "diffusers", "old diffusers", "kohya", "peft file")
 TITLES = {
     "omgsr": "peft folder",
+    "hypir": "HYPIR .pth",
     "osediff": "OSEDiff .pkl",
     "pisa": "PiSA-SR .pkl",
     "diffusers": "diffusers or kohya LoRA",
@@ -59,7 +60,7 @@ def latent_with(vae, patch):
 def test_each_format_is_told_by_its_content(files, name):
     title, adapter = identify(files[name].path)
     assert title == TITLES[name]
-    wanted = {"osediff": "osediff", "pisa": "pisa-sr", "invsr": "invsr"}.get(name, "tudsr")
+    wanted = {"hypir": "hypir", "osediff": "osediff", "pisa": "pisa-sr", "invsr": "invsr"}.get(name, "tudsr")
     assert adapter.method == wanted
 
 

@@ -53,7 +53,7 @@ ModelOption = Annotated[
 ]
 StageOne = Annotated[
     Path | None,
-    typer.Option(**PATH, help="Adapter for a base --model: TUDSR, OMGSR, OSEDiff, PiSA-SR or InvSR."),
+    typer.Option(**PATH, help="Adapter for a base --model: TUDSR, OMGSR, HYPIR, OSEDiff, PiSA-SR or InvSR."),
 ]
 StageTwo = Annotated[Path | None, typer.Option(**PATH, help="TUDSR's stage-two adapter, for more than x4.")]
 MethodOption = Annotated[

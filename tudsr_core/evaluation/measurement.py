@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,11 +66,12 @@ def evaluate_model(
     pictures: dict[str, Tensor],
     cases: tuple[str, ...] = ("clean", "mild"),
     watch: Watch = lambda result: None,
+    methods: Collection[str] | None = None,
 ) -> Scores:
     """Measure `model` on sharp `pictures` shrunk by 4 and by 8, clean and mildly degraded.
 
     Seams are measured where our own tiles begin and end, in the pictures of all methods: what a picture
-    itself has there can be told from what tiling added. `watch` sees every result.
+    itself has there can be told from what tiling added. `watch` sees every result. `methods` leaves out all others.
     """
     scores: Scores = {}
     for kind in cases:
@@ -80,6 +81,8 @@ def evaluate_model(
                 small = {"clean": clean, "mild": mild}[kind](sharp, factor)
                 borders = tile_borders(model, tuple(small.shape[-2:]), factor)
                 for method, enlarge in _methods(model, factor).items():
+                    if methods is not None and method not in methods:
+                        continue
                     made = enlarge(small, tuple(sharp.shape[-2:])).clamp(0, 1)
                     made = (made * 255).round() / 255
                     seams = seam_score(made, *borders) if any(borders) else None

@@ -73,12 +73,13 @@ def _noise_level(*by_stage: int) -> Callable[[int, int], tuple[OneStep, ...]]:
     return lambda stage, count: (from_noise_level(by_stage[min(stage, len(by_stage)) - 1]),)
 
 
-# TUDSR's own script was not to be had; it is built on OMGSR, whose tiles it is taken to share.
+# TUDSR's own script was not to be had; it is built on OMGSR, whose tiles it is taken to share. HYPIR has the same.
 OMGSR_TILING = PublishedTiling(512, 256, "published")
 
 METHODS: dict[str, Method] = {
     "tudsr": Method("TUDSR", SD21, _noise_level(200, 50), tiling=OMGSR_TILING),
     "omgsr": Method("OMGSR", SD21, _noise_level(273), tiling=OMGSR_TILING),
+    "hypir": Method("HYPIR", SD21, _noise_level(200), tiling=OMGSR_TILING),
     "osediff": Method(
         "OSEDiff", SD21, _noise_level(999), prompt=None, alpha=8.0, tiling=PublishedTiling(768, 256, "published")
     ),

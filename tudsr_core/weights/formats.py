@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 PEFT_PREFIX = "base_model.model."
 UNET_FOLDER, VAE_FOLDER = "unet_lora_adapter", "vae_encoder_lora_adapter"
 LISTS = ("encoder", "decoder", "others")
+HYPIR_DOWN = ".lora_A.default.weight"
+HYPIR_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_shortcut", "conv_out")
+HYPIR_TARGETS += ("proj_in", "proj_out", "ff.net.2", "ff.net.0.proj")
 MAX_ALPHA = 1e6  # published ones are below 1,000
 
 
@@ -229,6 +232,12 @@ def _refuse_leftover(file: TensorFile, used: set[str]) -> None:
         )
 
 
+def _read_hypir(file: TensorFile) -> Adapter:
+    """The UNet's own keys after peft's add_adapter; the file leaves out alpha, which is the rank."""
+    updates = pair(file.path, file.tensors, HYPIR_DOWN, ".lora_B.default.weight", lambda _, rank: rank)
+    return Adapter(file.path.stem, WeightDelta(updates, targets=HYPIR_TARGETS), method="hypir")
+
+
 def _read_predictor(file: TensorFile) -> Adapter:
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in file.tensors.items()}
     check_finite(file.path, tensors.items())
@@ -325,6 +334,7 @@ FORMATS = (
     Format("PiSA-SR .pkl", lambda file: _has(file, r"^state_dict_unet\..*_(pix|sem)\.weight$"), _read_pisa),
     Format("OSEDiff .pkl", lambda file: _has(file, r"^state_dict_(unet|vae)\."), _read_osediff),
     Format("InvSR noise predictor", lambda file: _has(file, r"(^|\.)encoder\.time_embedding\."), _read_predictor),
+    Format("HYPIR .pth", lambda file: _has(file, rf"^(down|mid|up)_block.*{re.escape(HYPIR_DOWN)}$"), _read_hypir),
     Format("peft LoRA file", lambda file: _has(file, rf"^{re.escape(PEFT_PREFIX)}"), _read_peft_file),
     Format(
         "diffusers or kohya LoRA", lambda file: _has(file, r"^(unet\.|lora_unet_|lora_te|text_encoder)"), _read_lora

@@ -37,7 +37,7 @@ _RAM_LISTS = f"{_RAM}/raw/7cb804a8609e9f4b1a50b7f31436d2df40bb9481/ram/data"
 KNOWN_FILES = (
     KnownFile(
         "v2-1_512-ema-pruned.safetensors",
-        "SD2.1-base: the base of TUDSR, OMGSR, OSEDiff, PiSA-SR, StableSR (community mirror; withdrawn by its authors)",
+        "SD2.1-base, under all methods of this pack but InvSR (community mirror; withdrawn by its authors)",
         _SD21,
         _OPEN_RAIL,
         "checkpoints",
@@ -65,6 +65,14 @@ KNOWN_FILES = (
         "https://github.com/wuer5/OMGSR",
         "none published",
         "tudsr",
+    ),
+    KnownFile(
+        "HYPIR_sd2.pth",
+        "HYPIR: one step at t = 200 that restores and invents detail, for any prompt",
+        "https://github.com/XPixelGroup/HYPIR",
+        "non-commercial",
+        "tudsr",
+        f"{_HUGGINGFACE}/lxq007/HYPIR/resolve/main/HYPIR_sd2.pth",
     ),
     KnownFile(
         "osediff.pkl",
