@@ -30,6 +30,7 @@ NODES = (
     ("tile_prompts", "ExtractTilePrompts TilePromptsFromStrings"),
     ("regions", "RegionConditioning"),
     ("images", "ColorFix"),
+    ("compare", "Compare"),
     ("cfw", "LoadCFW CFWDecode"),
     ("degrade", "DegradeImage LoadDownsampler DegradeLearned"),
 )
@@ -40,8 +41,10 @@ def load_extension():
     try:
         from comfy_api.latest import ComfyExtension
 
+        from .host.compare_view import serve_view
         from .host.messages import shows_warnings
 
+        serve_view()
         nodes = [
             shows_warnings(getattr(import_module(f".{module}", __name__), name))
             for module, names in NODES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from comfyui import find
+from PIL import Image
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update"]
@@ -30,25 +32,39 @@ def comfyui_for_browser() -> Path:
 
 
 @contextmanager
+def plain_page(url: str, width: int, height: int):
+    """Yield a Playwright page of any address; skips the test where Chromium or Playwright is missing."""
+    if chromium() is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
+        try:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.goto(url)
+            yield page
+        finally:
+            browser.close()
+
+
+def color_at(page, x: int, y: int) -> tuple[int, int, int]:
+    """Return the colour of one pixel of what the page shows."""
+    with Image.open(io.BytesIO(page.screenshot())) as shot:
+        return shot.convert("RGB").getpixel((x, y))
+
+
+@contextmanager
 def open_page(url: str, width: int = 1500, height: int = 860, vue: bool = False):
     """Yield a Playwright page that shows ComfyUI with all nodes registered.
 
     `vue` turns on the nodes drawn by Vue; skips the test where the frontend has no complete ones.
     """
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
-        try:
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.goto(url)
-            wait_until_ready(page)
-            # The map lies over the corner where long nodes end.
-            page.evaluate("async () => { await app.extensionManager.setting.set('Comfy.Minimap.Visible', false) }")
-            use_vue_nodes(page, vue)
-            yield page
-        finally:
-            browser.close()
+    with plain_page(url, width, height) as page:
+        wait_until_ready(page)
+        # The map lies over the corner where long nodes end.
+        page.evaluate("async () => { await app.extensionManager.setting.set('Comfy.Minimap.Visible', false) }")
+        use_vue_nodes(page, vue)
+        yield page
 
 
 def wait_until_ready(page) -> None:

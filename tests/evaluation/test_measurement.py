@@ -22,6 +22,23 @@ def test_psnr_and_ssim_of_known_pictures(noise):
     assert ssim_y(noise(1, 3, 32, 32, seed=3), truth) < 0.3
 
 
+@pytest.mark.parametrize("size", [(11, 11), (37, 52)])
+def test_ssim_is_scikit_images(noise, size):
+    metrics = pytest.importorskip("skimage.metrics", reason="needs scikit-image")
+    truth = noise(1, 3, *size)
+    picture = (truth + 0.2 * noise(1, 3, *size, seed=1)).clamp(0, 1)
+    theirs = metrics.structural_similarity(
+        *(luma(x.double())[0, 0].numpy() for x in (picture, truth)),
+        data_range=1.0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    assert ssim_y(picture, truth) == pytest.approx(theirs, abs=1e-12)
+    with pytest.raises(ValueError, match="at least 11 px"):
+        ssim_y(picture[..., :10], truth[..., :10])
+
+
 def test_luma_is_the_papers_bt601():
     assert luma(torch.ones(1, 3, 1, 1)).item() == pytest.approx(235 / 255, abs=1e-6)
     assert luma(torch.zeros(1, 3, 1, 1)).item() == pytest.approx(16 / 255, abs=1e-6)

@@ -140,4 +140,18 @@ def check_grey_stays_grey_and_colour_may_come():
     assert Image.open(path).mode == "RGB" and Image.open(path).getpixel((15, 15)) == (255, 128, 0)
 
 
+def check_compared_pictures_come_with_their_figures():
+    compare = NODES["TUDSRCompare"].execute
+    small, large = torch.rand(2, 12, 16, 3), torch.rand(2, 24, 32, 4)
+    output = compare(small, large, large[:1])
+    assert output.args[0] is large
+    assert {name: len(output.ui[name]) for name in ("before", "after")} == {"before": 2, "after": 2}
+    lines = output.ui["text"][0].splitlines()
+    assert lines[0] == "1: after against reference: PSNR-Y 120.00 dB, SSIM 1.0000"
+    assert len(lines) == 2 and lines[1].startswith("2: after against reference: PSNR-Y ")
+    assert "text" not in compare(small[:1], large[:1]).ui
+    assert compare(small[:1], small[1:]).ui["text"][0].startswith("before against after: ")
+    refused(lambda: compare(small, torch.rand(3, 8, 8, 3)), "3 pictures but 2 in 'before'")
+
+
 main(globals())

@@ -117,3 +117,42 @@ def test_workflows_with_a_control_behind_the_seed_keep_their_places(browser_serv
         )
         assert (values["seed"], values["published"], values["long_edge"]) == (0, False, 0)
         assert "control_after_generate" not in values
+
+
+COMPARE = {
+    "1": {"class_type": "LoadImage", "inputs": {"image": "example.png"}},
+    "2": {
+        "class_type": "ImageScaleBy",
+        "inputs": {"image": ["1", 0], "upscale_method": "lanczos", "scale_by": 2.0},
+    },
+    "3": {"class_type": "ImageInvert", "inputs": {"image": ["2", 0]}},
+    "4": {"class_type": "TUDSRCompare", "inputs": {"before": ["1", 0], "after": ["2", 0], "reference": ["3", 0]}},
+}
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "vue"])
+def test_two_pictures_are_compared_on_the_node(browser_server, vue):
+    sizes = """() => ['first', 'second'].map(c => {
+        const image = document.querySelector(`.compare-view .${c} img`);
+        return [image.naturalWidth, image.style.width === document.querySelector('.second img').style.width];
+    })"""
+    shown = "() => document.querySelector('.compare-view .second img')?.naturalWidth > 0"
+    with open_page(browser_server.url, vue=vue) as page:
+        page.evaluate("async api => { await app.loadApiJson(JSON.parse(api), 'compare') }", json.dumps(COMPARE))
+        fit(page)
+        run_graph(page)
+        page.wait_for_function(shown)
+        assert page.evaluate(sizes) == [[200, True], [400, True]]
+        assert any("after against reference: PSNR-Y" in text for text in shown_texts(page))
+        box = page.locator(".compare-view").bounding_box()
+        middle = box["y"] + box["height"] / 3
+        page.mouse.move(box["x"] + box["width"] / 2, middle)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] / 4, middle)
+        page.mouse.up()
+        at = page.evaluate("() => document.querySelector('.compare-view .divider').getAttribute('aria-valuenow')")
+        assert abs(int(at) - 25) <= 1
+        page.reload()
+        wait_until_ready(page)
+        page.wait_for_function(shown)
+        assert page.evaluate(sizes) == [[200, True], [400, True]]

@@ -1,4 +1,4 @@
-"""The files that ship with the library: the embedded model, its rival, the example photo, a list of tags."""
+"""The files that ship with the library: the embedded model, its rival, the example photo, a list of tags, a view."""
 
 from __future__ import annotations
 

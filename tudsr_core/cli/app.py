@@ -21,6 +21,8 @@ from .console import (
     PATH,
     Device,
     DeviceOption,
+    ForceOption,
+    MegapixelsOption,
     Precision,
     PrecisionOption,
     err,
@@ -160,6 +162,43 @@ def evaluate(
     _print_table(title, heads, summary_rows(scores), 16 * (len(pictures) + 1))
     if measured:
         _print_table("Perceptual metrics", *perceptual_rows(measured), 10 * len(measured.names))
+
+
+@app.command()
+@one_line_errors
+def compare(
+    before: Annotated[Path, typer.Argument(**PATH, help="A picture, such as the small one.")],
+    after: Annotated[Path, typer.Argument(**PATH, help="Another of the same view; it gives the size.")],
+    output: Annotated[Path, typer.Option("-o", "--output", **PATH, help="The page to write (.html).")],
+    reference: Annotated[
+        Path | None, typer.Option(**PATH, help="The sharp original: PSNR and SSIM of both are measured against it.")
+    ] = None,
+    force: ForceOption = False,
+    max_megapixels: MegapixelsOption = None,
+) -> None:
+    """Put two pictures into one page with a divider, zoom and difference: tudsr compare a.png b.png -o page.html"""
+    from ..evaluation import figures_of, write_page
+    from ..pictures import read_picture
+
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{output} is no name of a page; give one that ends in .html")
+    if output.exists() and not force:
+        raise ValueError(f"{output} exists; choose another name, or replace it with --force")
+    paths = [before, after, *([reference] if reference else [])]
+    pictures = [read_picture(path, max_megapixels) for path in paths]
+    names = [path.name for path in paths] if before.name != after.name else [str(path) for path in paths]
+    shown = dict(zip(names[:2], pictures[:2], strict=True))
+    if len(shown) < 2:
+        raise ValueError(f"{before} was given twice; give two pictures")
+    pixels = {name: picture.pixels for name, picture in shown.items()}
+    figures = figures_of(pixels, pictures[2].pixels if reference else None)
+    for figure in figures:
+        out.print(figure.describe(), markup=False)
+    if reference and not figures:
+        sizes = ", ".join(f"{path.name} {p.size[1]} x {p.size[0]}" for path, p in zip(paths, pictures, strict=True))
+        raise ValueError(f"nothing can be measured against {reference}: sizes differ ({sizes})")
+    write_page(output, shown, figures)
+    out.print(f"wrote {output}", markup=False)
 
 
 def _write_sheet(folder: Path, result: Result) -> None:

@@ -7,8 +7,9 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
+    compare_page="Figure figures_of write_page",
     filter_bank="bank_path fit_bank",
     measurement="Result compare evaluate_model example_path read_folder summary_rows",
-    metrics="psnr_y seam_score",
+    metrics="SSIM_WINDOW psnr_y seam_score ssim_y",
     perceptual="PERCEPTUAL Perceptual perceptual_rows",
 )

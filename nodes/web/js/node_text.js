@@ -11,7 +11,7 @@ const PLANNERS = new Set(["TUDSRPlan", "TUDSRTilePlan"]);
 const ours = (node) => node.comfyClass?.startsWith("TUDSR");
 
 /** The name under which frontends keep a node's outputs: its number, after that of its subgraph. */
-function place(node) {
+export function place(node) {
     return node.graph === node.graph?.rootGraph ? `${node.id}` : `${node.graph?.id}:${node.id}`;
 }
 
