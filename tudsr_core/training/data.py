@@ -1,7 +1,8 @@
-"""Pictures for training and evaluation that come inside ordinary Python wheels, with their licences.
+"""Pictures for training and evaluation that come inside ordinary packages, with their licences.
 
-Nothing is downloaded here: `read_photos` opens wheel files that pip has fetched, and `held_out`
-reads the packages that are installed. Procedural pictures fill up what seventeen photos lack.
+Nothing is downloaded here: `read_photos` opens wheel files that pip has fetched, `read_photographs` a
+folder that a Debian package was unpacked to, and `read_held_out` the packages that are installed.
+Procedural pictures fill up what some thirty photos lack.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1", "matplotlib==3.11.2", "
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture inside a wheel: where it is, who made it, and how it is licensed."""
+    """One picture inside a package: where it is, who made it, and how it is licensed."""
 
     name: str
     package: str
@@ -68,6 +69,25 @@ TRAIN = (
         boxes=((2000, 1400, 2700, 2000),),
     ),
 )
+PACKAGE = "lomiri-wallpapers-16.04"
+_BY, _BY_SA = "CC BY 4.0", "CC BY-SA 4.0"
+# In the package's usr/share/backgrounds, all of 2018. Its drawings are left out.
+PHOTOGRAPHS = (
+    Photo("bridge", PACKAGE, "Bridge_by_Sander_Klootwijk.jpg", f"{_BY_SA}, Sander Klootwijk"),
+    Photo("dragonfly", PACKAGE, "Dragonfly_by_Bolly.jpg", f"{_BY_SA}, Bolly"),
+    Photo("pomegranate", PACKAGE, "Picture_0B_by_freespace.jpg", f"{_BY}, Trevor Freespace"),
+    Photo("brushes", PACKAGE, "Picture_1A_by_freespace.jpg", f"{_BY}, Trevor Freespace"),
+    Photo("wine", PACKAGE, "Wine_by_Jakkub_Mede.jpg", f"{_BY}, Jakub Mede"),
+    Photo("meadow", PACKAGE, "aitzgorri_by_Aitzol_Berasategi.jpg", f"{_BY}, Aitzol Berasategi"),
+    Photo("lamps", PACKAGE, "free_by_Peter_Nerlich.jpg", f"{_BY_SA}, Peter Nerlich"),
+    Photo("dogs", PACKAGE, "friends_by_Aitzol_Berasategi.jpg", f"{_BY}, Aitzol Berasategi"),
+    Photo("clock", PACKAGE, "greentock_by_Peter_Nerlich.jpg", f"{_BY_SA}, Peter Nerlich"),
+    Photo("stream", PACKAGE, "life_by_Aitzol_Berasategi.jpg", f"{_BY}, Aitzol Berasategi"),
+    Photo("mountains", PACKAGE, "picosdeeuropa_by_Aitzol_Berasategi.jpg", f"{_BY}, Aitzol Berasategi"),
+    Photo("dandelions", PACKAGE, "seeding_by_Clements_Engelhardt.jpg", f"{_CC0}, Clemens Engelhardt"),
+    Photo("sunset", PACKAGE, "sunset_by_Aitzol_Berasategi.jpg", f"{_BY}, Aitzol Berasategi"),
+)
+SIDE = 1400  # longest side that a photograph is shrunk to, so that its edges are as sharp as its pixels
 # Every choice (learning rate, loss, when to stop) is made on these two, never on the held-out five.
 CHOICE = (
     Photo("flower", "scikit_learn", "sklearn/datasets/images/flower.jpg", "CC BY 2.0, vultilion"),
@@ -116,6 +136,24 @@ def read_photos(photos: tuple[Photo, ...], wheels: Path) -> dict[str, Tensor]:
             image = _decode(photo, wheel.read(photo.path)).convert("RGB")
         for i, box in enumerate(photo.boxes or ((0, 0, *image.size),)):
             found[f"{photo.name}{i or ''}"] = _to_tensor(image.crop(box))
+    return found
+
+
+def read_photographs(folder: Path) -> dict[str, Tensor]:
+    """Return `{name: 3 H W float 0..1}` of PHOTOGRAPHS, at most SIDE pixels wide or high.
+
+    Raises FileNotFoundError that names the missing picture and the commands that bring it.
+    """
+    found = {}
+    for photo in PHOTOGRAPHS:
+        if not (folder / photo.path).is_file():
+            raise FileNotFoundError(
+                f"no {photo.path} in {folder}; run: apt-get download {PACKAGE} && "
+                f"dpkg-deb -x {PACKAGE}_*.deb unpacked, and name its folder unpacked/usr/share/backgrounds"
+            )
+        image = Image.open(folder / photo.path).convert("RGB")
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        found[photo.name] = _to_tensor(image)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m tudsr_core.training.embedded --wheels wheels --out model.safetensors`.
+"""Train the embedded model: `python -m tudsr_core.training.embedded configs/embedded.toml`.
 
 A small relative of the real thing, the two networks of `models.embedded`: an autoencoder (f = 4,
 32 latents) and a UNet, eps prediction on SD's schedule. Phase one trains VAE and UNet as stage
@@ -14,11 +14,12 @@ import copy
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..diffusion import from_noise_level
@@ -26,8 +27,9 @@ from ..evaluation import psnr_y
 from ..methods import StageLimits
 from ..models import make_unet, make_vae
 from ..pictures import clean, mild, random_mild, resize
-from ..weights import PEFT_PREFIX, Adapter, LoRAWeights, ModelFile, WeightDelta, write_model
+from ..weights import PEFT_PREFIX, Adapter, LoRAWeights, ModelFile, WeightDelta, read_file, write_model
 from . import data
+from .config import read_sections
 from .identity import start_as_identity
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,6 @@ UNET_CONFIG = {
     "norm_eps": 100.0,
 }
 LORA_RANK = 24
-STEPS = (8000, 700, 1200)  # of backbone, polish and stage two, as the shipped model was trained
 LORA_TARGETS = ["conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out"]
 
 
@@ -236,59 +237,72 @@ def _reporter(steps: int, photos: dict[str, Tensor], every: int, first: Restorer
     return report
 
 
-def main() -> None:
-    """Train both phases and write one safetensors file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheels", type=Path, required=True, help="folder with the wheels named in data.WHEELS")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--backbone", type=Path, help="skip phase one and start from this checkpoint")
-    parser.add_argument("--steps", type=int, nargs=3, default=STEPS, help="of backbone, polish, stage two")
-    parser.add_argument("--rate", type=float, nargs=3, default=(8e-4, 2e-4, 1e-3), help="learning rate of each")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.manual_seed(args.seed)
-    torch.set_flush_denormal(True)
+@dataclass(frozen=True)
+class DataSection:
+    """`wheels`: folder of the wheel files of `data.WHEELS`; `photographs`: the unpacked package of `data.PACKAGE`."""
 
-    photos = data.read_photos(data.TRAIN, args.wheels)
-    choice = data.read_photos(data.CHOICE, args.wheels)
-    drawn = data.draw_pictures(500, args.seed, list(photos.values()))
-    crops = data.Crops(photos, drawn, args.seed)
+    wheels: Path
+    photographs: Path
+    drawn: int = 500
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Optimiser steps, none to leave the phase out, and the peak of the learning rate."""
+
+    steps: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class EmbeddedConfig:
+    """The recipe: `output` is the file to write, `start` a tudsr-model file whose backbone training goes on from."""
+
+    output: Path
+    data: DataSection
+    seed: int = 0
+    start: Path | None = None
+    backbone: Phase = field(default_factory=lambda: Phase(8000, 8e-4))
+    polish: Phase = field(default_factory=lambda: Phase(700, 2e-4))
+    stage_two: Phase = field(default_factory=lambda: Phase(1200, 1e-3))
+
+
+def train(config: EmbeddedConfig) -> None:
+    """Run the phases one after the other and write the model; the backbone is kept beside it after each."""
+    torch.manual_seed(config.seed)
+    photos = data.read_photos(data.TRAIN, config.data.wheels) | data.read_photographs(config.data.photographs)
+    choice = data.read_photos(data.CHOICE, config.data.wheels)
+    crops = data.Crops(photos, data.draw_pictures(config.data.drawn, config.seed, list(photos.values())), config.seed)
     model = Restorer(*build())
-    if args.backbone:
-        state = torch.load(args.backbone, weights_only=True)
-        model.vae.load_state_dict(state["vae"])
-        model.unet.load_state_dict(state["unet"])
+    if config.start:
+        _load(model, config.start)
     else:
         start_as_identity(model.vae, model.unet, STAGE_ONE, crops.batch(64, CHUNK))
-        log.info("start: %s", choice_report(choice, model))
-        model = train_backbone(crops, model, args.steps[0], args.rate[0], _reporter(args.steps[0], choice, 500))
-        _keep(model, args.out.with_suffix(".backbone.pt"))
-    if args.steps[1]:
-        report = _reporter(args.steps[1], choice, 175)
-        model = train_backbone(crops, model, args.steps[1], args.rate[1], report, polish=True)
-        _keep(model, args.out.with_suffix(".polished.pt"))
-    report = _reporter(args.steps[2], choice, 200, model)
-    adapted = train_stage_two(crops, model, args.steps[2], args.rate[2], report)
-    save(args.out, model, adapted)
+    log.info("start: %s", choice_report(choice, model))
+    for name, phase in (("backbone", config.backbone), ("polish", config.polish)):
+        if phase.steps:
+            report = _reporter(phase.steps, choice, 250)
+            model = train_backbone(crops, model, phase.steps, phase.rate, report, polish=name == "polish")
+            _keep(model, config.output.with_suffix(f".{name}.safetensors"))
+    report = _reporter(config.stage_two.steps, choice, 250, model)
+    save(config.output, model, train_stage_two(crops, model, config.stage_two.steps, config.stage_two.rate, report))
 
 
 def _keep(model: Restorer, path: Path) -> None:
-    torch.save({"vae": model.vae.state_dict(), "unet": model.unet.state_dict()}, path)
+    networks = {"vae": model.vae, "unet": model.unet}
+    save_file({f"{part}.{name}": w for part, net in networks.items() for name, w in net.state_dict().items()}, path)
+
+
+def _load(model: Restorer, path: Path) -> None:
+    """Fill VAE and UNet from a tudsr-model file or from one that `_keep` wrote."""
+    tensors = read_file(path).tensors
+    for part, network in (("vae", model.vae), ("unet", model.unet)):
+        start = len(part) + 1
+        network.load_state_dict({name[start:]: w.float() for name, w in tensors.items() if name.startswith(part)})
 
 
 def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
     """Write VAE, UNet and LoRA-2 in float16, with everything needed to rebuild them as metadata."""
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(adapted)
-    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    updates = {
-        name.removeprefix(PEFT_PREFIX): LoRAWeights(
-            tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"], LORA_RANK
-        )
-        for name in names
-    }
     write_model(
         path,
         ModelFile(
@@ -298,10 +312,35 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
             vae=model.vae.state_dict(),
             unet=model.unet.state_dict(),
             first_step=STAGE_ONE,
-            second=Adapter("stage two", WeightDelta(updates), stage=2, steps=(STAGE_TWO,)),
+            second=Adapter("stage two", WeightDelta(_updates(adapted)), stage=2, steps=(STAGE_TWO,))
+            if adapted
+            else None,
             limits=StageLimits(first_max=4, second=2, single_up_to=4),
         ),
     )
+
+
+def _updates(adapted: nn.Module) -> dict[str, LoRAWeights]:
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(adapted)
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {
+        name.removeprefix(PEFT_PREFIX): LoRAWeights(
+            tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"], LORA_RANK
+        )
+        for name in names
+    }
+
+
+def main() -> None:
+    """Train as the file of settings says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="TOML file, such as configs/embedded.toml")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_flush_denormal(True)
+    train(read_sections(EmbeddedConfig, args.config, {}))
 
 
 if __name__ == "__main__":
