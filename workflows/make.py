@@ -121,7 +121,7 @@ Every tile sees its part of the low-resolution picture **and** its own words.
 - decoding needs the memory of one tile, CFW too
 
 Needs SD2.1-base, CLIP-ViT-H-14 and StableSR's two files (template 10).""",
-    "14-hypir": """## Restore and enlarge with HYPIR
+    "15-hypir": """## Restore and enlarge with HYPIR
 One step that cleans up and invents detail. For x8 the same adapter works twice: x4, then x2.
 Or give **stage_two** a TUDSR stage-two adapter: HYPIR restores, TUDSR enlarges.
 
@@ -151,7 +151,7 @@ STAND_IN_ONLY = (
     "11-stablesr-768v",
     "12-stablesr-turbo",
     "13-stablesr-tile-prompts-4k",
-    "14-hypir",
+    "15-hypir",
 )
 
 
