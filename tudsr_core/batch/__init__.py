@@ -14,7 +14,8 @@ __all__, __getattr__ = public_names(
     hot_folder="HotFolder",
     jobs="Job OpenJob Output Work open_job",
     manifest="MANIFEST Manifest State open_manifest",
-    pipeline="Listener Outcome Summary Together explain run_jobs",
+    ledger="Listener Outcome Summary Together explain",
+    pipeline="run_jobs",
     report="Report",
     settings="describe_run",
 )

@@ -21,8 +21,8 @@ from ..atomic_write import temporary_beside
 from ..pictures import Picture, PictureError, read_picture
 from ..untrusted import printable
 from .jobs import Job, OpenJob
+from .ledger import Outcome, Summary
 from .manifest import Manifest, State
-from .pipeline import Outcome, Summary
 
 MAX_SHOWN = 500
 SHOWN_PX = 160

@@ -66,7 +66,7 @@ def _bands(
     for part in rows:
         at = 0
         while at < part.shape[2]:
-            count = min(TILE_PX - filled, part.shape[2] - at, 64)  # rounding takes eight bytes a number
+            count = min(TILE_PX - filled, part.shape[2] - at)
             band[filled : filled + count] = to_array(replace(facts, pixels=part[:, :, at : at + count]))
             filled, at, done = filled + count, at + count, done + count
             if filled == TILE_PX or done == height:
