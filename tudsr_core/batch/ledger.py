@@ -39,10 +39,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One picture of a run that was written: the source as read, the result, and the seconds it took in all."""
+    """One picture of a run that was written: the source as read, the result, and the seconds it took in all.
+
+    Where it was computed elsewhere, `result` is None, and of the source's pixels there is one.
+    """
 
     opened: OpenJob
-    result: Picture
+    result: Picture | None
     seconds: float
 
 

@@ -100,6 +100,13 @@ def write_picture(
         raise refusal(path, error) from error
 
 
+def encode_picture(path: Path, picture: Picture, quality: int = 95) -> bytes:
+    """Return the file that `write_picture` would write to `path`, which `check_output` has been asked about."""
+    file = io.BytesIO()
+    _encode(file, format_of(path), writable(picture, path, picture.size), quality, picture.size)
+    return file.getvalue()
+
+
 def refusal(path: Path, error: OSError) -> PictureError:
     """Return what to say of a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
