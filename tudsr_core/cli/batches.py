@@ -119,8 +119,18 @@ BlocksOption = Annotated[
 PyramidOption = Annotated[bool, typer.Option(help="With --blocks: half-size versions in the same file, for viewers.")]
 
 
-def blocks_command(jobs: Sequence[Job], work: Work, pyramid: bool, dry_run: bool, report: Path | None) -> None:
-    """Enlarge one picture block by block; raises ValueError for what only whole pictures have."""
+def blocks_command(
+    jobs: Sequence[Job],
+    work: Work,
+    describe: Callable[[], dict],
+    pyramid: bool,
+    dry_run: bool,
+    report: Path | None,
+) -> None:
+    """Enlarge one picture block by block, on from where a run that `describe`s itself the same was ended.
+
+    Raises ValueError for what only whole pictures have.
+    """
     from ..batch import plan_blocks, upscale_in_blocks
     from ..pictures import RowReader
 
@@ -143,8 +153,12 @@ def blocks_command(jobs: Sequence[Job], work: Work, pyramid: bool, dry_run: bool
         def tick(done: int, total: int, preview: object) -> None:
             bar.update(task, completed=done)
 
-        more = dict(pyramid=pyramid, reader=reader, tick=tick)
-        upscale_in_blocks(job.source, job.output, upscaler, work.target, work.output, **more)
+        more = dict(pyramid=pyramid, reader=reader, settings=describe(), tick=tick)
+        try:
+            upscale_in_blocks(job.source, job.output, upscaler, work.target, work.output, **more)
+        except KeyboardInterrupt:
+            complain(RuntimeError("interrupted; the same command goes on with what is written"))
+            raise typer.Exit(130) from None
     height, width = plan.size
     console.out.print(f"  {width} x {height} written in {time.monotonic() - began:.1f} s", markup=False)
 

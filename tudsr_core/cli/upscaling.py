@@ -193,7 +193,7 @@ def upscale(
         return ray_command(jobs, output, ray, ship, partial(prepare, **_anywhere(options)), report)
     work, describe = prepare(**options)
     if blocks:
-        return blocks_command(jobs, work, pyramid, dry_run, report)
+        return blocks_command(jobs, work, describe, pyramid, dry_run, report)
     return run_command(jobs, output, work, describe, dry_run, report)
 
 
