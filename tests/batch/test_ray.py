@@ -28,6 +28,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         ray.init(address="local", num_cpus=2, object_store_memory=2**27, **quiet)
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()

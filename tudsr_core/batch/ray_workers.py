@@ -53,22 +53,25 @@ def _connect(address: str) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that a run was started
-    options = dict(configure_logging=False, log_to_driver=False)
-    if address == "local":
-        ray.init(address="local", include_dashboard=False, **options)
-        return
-    host, _, port = address.rpartition("://")[2].rpartition(":")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of what is started here; as a run of one process has
+    remedy, options = "try again when this machine is less busy", dict(configure_logging=False, log_to_driver=False)
     try:
-        if address != "auto":
-            with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS):
-                pass  # Ray itself would try for a minute
+        if address == "local":
+            options["include_dashboard"] = False
+        else:
+            remedy = "give HOST:PORT as `ray start --head` prints it, or local"
+            _knock(address)
         ray.init(address=address, **options)
-    except (OSError, ValueError, OverflowError, RuntimeError) as error:
+    except Exception as error:  # Ray raises anything here
         reason = " ".join(str(error).split())[:200]
-        raise PictureError(
-            f"--ray {address}: no Ray cluster answers there ({reason}); give HOST:PORT as `ray start --head` prints "
-            "it, or local"
-        ) from error
+        raise PictureError(f"--ray {address}: no Ray cluster answers there ({reason}); {remedy}") from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError or ValueError at once where nobody listens: Ray itself would try for a minute."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if address != "auto":
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
 
 
 def _first_word(starting: list[Future[Ready | Exception]]) -> Ready:
