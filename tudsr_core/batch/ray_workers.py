@@ -19,11 +19,12 @@ ANSWER_SECONDS = 5.0
 
 
 @contextmanager
-def ray_crew(address: str, make: Make, count: int, ship: bool = False) -> Iterator[Crew]:
+def ray_crew(address: str, make: Make, count: int, ship: bool = False, gpus: bool = True) -> Iterator[Crew]:
     """Start a worker for every GPU or CPU of the Ray cluster at `address` ("local": this machine), `count` at most.
 
-    `make` loads the model there. Yields the crew once its first worker is ready, and stops what it started.
-    Raises PictureError where nothing answers at `address`, ImportError without Ray, and what loading raises.
+    CPUs count where there is no GPU, or `gpus` are not to be used. `make` loads the model there. Yields the crew once
+    its first worker is ready, and stops what it started. Raises PictureError where nothing answers at `address`,
+    ImportError without Ray, and what loading raises.
     """
     import ray
 
@@ -32,7 +33,7 @@ def ray_crew(address: str, make: Make, count: int, ship: bool = False) -> Iterat
         _connect(address)
     try:
         resources = ray.cluster_resources()
-        kind = "GPU" if resources.get("GPU", 0) >= 1 else "CPU"
+        kind = "GPU" if gpus and resources.get("GPU", 0) >= 1 else "CPU"
         total = max(1, min(count, int(resources.get(kind, 1))))
 
         def hire() -> _RayWorker:

@@ -73,13 +73,21 @@ ShipOption = Annotated[
 
 
 def ray_command(
-    jobs: Sequence[Job], folder: Path, address: str, ship: bool, make: Callable[[], tuple], report: Path | None
+    jobs: Sequence[Job],
+    folder: Path,
+    cluster: tuple[str, bool, bool],
+    make: Callable[[], tuple],
+    report: Path | None,
 ) -> None:
-    """Run a command's jobs on a Ray cluster, as `run_command` does; `make` loads the model there."""
+    """Run a command's jobs on a Ray cluster, as `run_command` does; `make` loads the model there.
+
+    `cluster` is its address, whether files are to be sent, and whether GPUs are to be used.
+    """
     from ..batch import ray_crew, run_on_workers
 
     check_report(report)
-    with ray_crew(address, make, len(jobs), ship) as crew:
+    address, ship, gpus = cluster
+    with ray_crew(address, make, len(jobs), ship, gpus) as crew:
         said = crew.said
         _run(jobs, folder, lambda: said.settings, said.output.overwrite, report, partial(run_on_workers, jobs, crew))
 

@@ -190,7 +190,8 @@ def upscale(
         raise ValueError("--ship belongs to --ray; add it")
     jobs = plan_jobs(inputs, output, ending(options["suffix"]), recursive)
     if ray and not dry_run:
-        return ray_command(jobs, output, ray, ship, partial(prepare, **_anywhere(options)), report)
+        cluster = ray, ship, options["device"] is not Device.cpu
+        return ray_command(jobs, output, cluster, partial(prepare, **_anywhere(options)), report)
     work, describe = prepare(**options)
     if blocks:
         return blocks_command(jobs, work, describe, pyramid, dry_run, report)
