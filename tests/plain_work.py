@@ -20,11 +20,9 @@ class PlainWork:
 
     notes: Path
     deadly: tuple[tuple[str, int], ...] = ()
-    settings: tuple[tuple[str, object], ...] = (("scale", 2),)
-    overwrite: bool = False
 
     def __call__(self):
-        return Work(self.upscaler_for, Target(scale=2), Output(overwrite=self.overwrite)), lambda: dict(self.settings)
+        return Work(self.upscaler_for, Target(scale=2), Output()), lambda: {"scale": 2}
 
     def upscaler_for(self, job):
         def before(number):

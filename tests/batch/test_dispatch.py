@@ -140,6 +140,21 @@ def test_a_full_disk_of_a_worker_stops_the_run(folder, monkeypatch):
     assert run(folder, [ThreadWorker()]).done == {"written": 9}
 
 
+def test_an_interrupt_lets_pictures_in_flight_finish(folder, caplog):
+    class Impatient(Voice):
+        def wrote(self, number, outcome):
+            if not caplog.text:
+                signal.raise_signal(signal.SIGINT)
+
+    worker = ThreadWorker()
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, [worker], voice=Impatient)
+    assert "in flight are finished first; Ctrl-C again ends at once" in caplog.text
+    done = len(list((folder / "out").glob("*.png")))
+    assert done == len(worker.orders) < 9, "what was given out, and nothing else"
+    assert run(folder, [ThreadWorker()]).done == {"done before": done, "written": 9 - done}
+
+
 def test_a_second_interrupt_ends_at_once(folder):
     class Impatient(Voice):
         def wrote(self, number, outcome):

@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from command import tudsr
 from PIL import Image
 from plain_work import PlainWork
 
-from tudsr_core.batch import open_manifest, plan_jobs, ray_crew, run_jobs, run_on_workers
+from tudsr_core.batch import open_manifest, plan_jobs, ray_crew, ray_workers, run_jobs, run_on_workers
 from tudsr_core.cli.batches import Voice
-from tudsr_core.cli.upscaling import prepare
+from tudsr_core.cli.upscaling import Device, prepare
 from tudsr_core.pictures import PictureError
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +48,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def on_ray(folder, make, out="ray", ship=False, voice=Voice):
+def on_crew(folder, crew, out):
     jobs = plan_jobs([folder / "in"], folder / out)
-    (folder / out).mkdir(exist_ok=True)
-    with ray_crew("local", make, len(jobs), ship) as crew:
-        with open_manifest(folder / out, crew.said.settings, crew.said.output.overwrite) as manifest:
-            return run_on_workers(jobs, crew, voice(len(jobs)), manifest)
+    (folder / out).mkdir()
+    with open_manifest(folder / out, crew.said.settings) as manifest:
+        return run_on_workers(jobs, crew, Voice(len(jobs)), manifest)
 
 
 def in_one_process(folder, make, out="serial"):
@@ -85,13 +84,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("ship", [False, True], ids=["paths", "ship"])
-def test_two_actors_give_the_bytes_and_the_record_of_one_process(cluster, folder, one_thread, ship):
-    make = partial(prepare, scale=2)
-    one, two = in_one_process(folder, make), on_ray(folder, make, ship=ship)
-    assert one.done == two.done == {"written": 10} and [job.source.name for job in two.failed] == ["bad.png"]
-    assert files(folder / "ray") == files(folder / "serial")
-    assert record(folder / "ray") == record(folder / "serial")
+def test_two_actors_give_the_bytes_and_the_record_of_one_process(cluster, folder, one_thread):
+    make = partial(prepare, scale=2, device=Device.cpu)
+    one = in_one_process(folder, make)
+    with ray_crew("local", make, 2) as crew:
+        for out, ship in (("paths", False), ("ship", True)):
+            two = on_crew(folder, replace(crew, ship=ship), out)
+            assert one.done == two.done == {"written": 10} and [job.source.name for job in two.failed] == ["bad.png"]
+            assert files(folder / out) == files(folder / "serial")
+            assert record(folder / out) == record(folder / "serial")
 
 
 def test_the_pictures_of_an_actor_that_is_killed_are_computed_by_others(cluster, folder, caplog):
@@ -99,39 +100,18 @@ def test_the_pictures_of_an_actor_that_is_killed_are_computed_by_others(cluster,
     in_one_process(folder, make)
     for note in (folder / "notes").iterdir():
         note.unlink()
-    summary = on_ray(folder, PlainWork(folder / "notes", deadly=(("5", 1),)))
+    with ray_crew("local", PlainWork(folder / "notes", deadly=(("5", 1),)), 2) as crew:
+        summary = on_crew(folder, crew, "ray")
     assert summary.done == {"written": 10} and "another takes its place" in caplog.text
     assert files(folder / "ray") == files(folder / "serial"), "also: no temporary file is left"
     assert record(folder / "ray") == record(folder / "serial")
     assert len({note.name.split("-")[2] for note in (folder / "notes").iterdir()}) >= 2, "the dead, and who lives"
 
 
-def test_a_picture_that_kills_every_actor_is_given_up_and_costs_no_other(cluster, folder):
-    summary = on_ray(folder, PlainWork(folder / "notes", deadly=(("5", 99),)))
-    assert summary.done == {"written": 9} and [job.source.name for job in summary.failed] == ["bad.png", "5.png"]
-    assert len(list((folder / "notes").glob("5-*"))) == 3
-    assert "5.png: 3 workers died computing it" in (folder / "ray" / "tudsr-run.jsonl").read_text("utf-8")
-    assert not list((folder / "ray").glob(".*"))
-
-
-def test_an_interrupt_lets_pictures_in_flight_finish(cluster, folder, caplog):
-    class Impatient(Voice):
-        def wrote(self, number, outcome):
-            if not caplog.text:
-                signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        on_ray(folder, PlainWork(folder / "notes"), voice=Impatient)
-    done = files(folder / "ray")
-    assert "in flight are finished first; Ctrl-C again ends at once" in caplog.text
-    assert 1 < len(done) == len(list((folder / "notes").iterdir())) < 10, "what was begun, and nothing else"
-    assert on_ray(folder, PlainWork(folder / "notes")).done == {"done before": len(done), "written": 10 - len(done)}
-
-
 def test_the_command_goes_on_with_the_run_of_one_process_and_refuses_other_settings(cluster, folder):
     arguments = ["upscale", folder / "in", "-o", folder / "out", "--device", "cpu", "--scale"]
     (folder / "in" / "bad.png").unlink()
-    assert tudsr(*arguments, 2).returncode == 0
+    in_one_process(folder, partial(prepare, scale=2, device=Device.cpu), "out")
     (folder / "out" / "7.png").unlink()
     again = tudsr(*arguments, 2, "--ray", cluster, "--report", folder / "report.html")
     assert again.returncode == 0, again.stderr
@@ -142,9 +122,8 @@ def test_the_command_goes_on_with_the_run_of_one_process_and_refuses_other_setti
     assert other.returncode == 1 and "were made with other settings (scale 2.0, now 3.0)" in other.stderr
 
 
-def test_an_address_that_does_not_answer_is_one_error(tmp_path):
+def test_an_address_that_does_not_answer_is_one_error():
     pytest.importorskip("ray", reason="runs on a cluster need Ray: pip install 'comfyui-tudsr[ray]'")
     for address in ("127.0.0.1:1", "nowhere", "ray://127.0.0.1:1"):
         with pytest.raises(PictureError, match=rf"--ray {address}: no Ray cluster answers there \(.*; give HOST:PORT"):
-            with ray_crew(address, PlainWork(tmp_path), 1):
-                pass
+            ray_workers._connect(address)
