@@ -42,7 +42,7 @@ def blocks(width: int, rows: int, scale: int) -> dict:
     """Measure a picture of so many rows of blocks; bicubic."""
     side, overlap = BLOCK_PX // scale, OVERLAP_PX // scale
     height = side + (rows - 1) * (side - overlap)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "in.tif"), Path(folder, "out.tif")
         write_source(source, width, height)
         target = Target(scale=float(scale))

@@ -3,6 +3,8 @@
     python bench/scale.py --part driver       # each step of the driver's own work on a picture
     python bench/scale.py --part messages     # what travels through Ray, and how fast with nothing to compute
     python bench/scale.py --part workers      # the real driver and 10 to 1,000 workers that sleep
+    python bench/scale.py --part clock        # the same without Ray's messages, where two cores are too few for them
+    python bench/scale.py --part model        # the same by events alone, from the driver's measured milliseconds
     python bench/scale.py --part ratio        # pictures per second: one actor against one process, equal threads
     python bench/scale.py --part kept         # writing down results that are not written yet, which kills do not cost
 
@@ -14,16 +16,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import heapq
 import itertools
 import os
 import pickle
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +43,7 @@ from tudsr_core.batch.dispatch import Crew
 from tudsr_core.batch.jobs import OpenJob
 from tudsr_core.batch.manifest import facts, read_history
 from tudsr_core.batch.ray_workers import _answer
-from tudsr_core.batch.workers import Made, Order, Ready
+from tudsr_core.batch.workers import AT_ONCE, Made, Order, Ready
 from tudsr_core.methods import Target
 from tudsr_core.pictures import Picture, read_size, write_picture
 
@@ -157,8 +161,33 @@ class Sleeper:
         return Made(told, "0" * 64, takes)
 
 
+class Clock:
+    """The same without Ray: one thread of this process that answers when the time has come."""
+
+    def __init__(self, template: str) -> None:
+        self.template, self.free, self.due, self.changed = template, {}, [], threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def upscale(self, worker: int, order: Order, takes: float, told: OpenJob) -> Future:
+        with self.changed:
+            self.free[worker] = max(time.monotonic(), self.free.get(worker, 0.0)) + takes
+            answer: Future = Future()
+            heapq.heappush(self.due, (self.free[worker], id(answer), answer, order, Made(told, "0" * 64, takes)))
+            self.changed.notify()
+        return answer
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                while not self.due or self.due[0][0] > time.monotonic():
+                    self.changed.wait(self.due[0][0] - time.monotonic() if self.due else None)
+                _, _, answer, order, made = heapq.heappop(self.due)
+            os.link(self.template, order.complete)
+            answer.set_result(made)
+
+
 class SleepingWorker:
-    """One of the workers of a Sleeper: a `Worker`."""
+    """One of the workers of a Sleeper, or of a Clock: a `Worker`."""
 
     def __init__(self, actor, number: int, takes: Iterator[float], told: OpenJob) -> None:
         self.actor, self.number, self.takes, self.told = actor, number, takes, told
@@ -169,22 +198,32 @@ class SleepingWorker:
         return ready
 
     def upscale(self, order: Order) -> Future:
-        return _answer(self.actor.upscale.remote(self.number, order, next(self.takes), self.told))
+        given = self.number, order, next(self.takes), self.told
+        return (
+            self.actor.upscale(*given) if isinstance(self.actor, Clock) else _answer(self.actor.upscale.remote(*given))
+        )
 
     def stop(self) -> None: ...
 
 
 @contextmanager
 def cluster(cpus: int = 2):
+    """Yield Ray, started for all parts that follow; a busy machine needs several tries."""
     import ray
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    quiet = dict(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    for left in range(4, -1, -1):
+        if ray.is_initialized():
+            break
+        try:
+            ray.init(address="local", num_cpus=cpus, **quiet)
+        except Exception:  # Ray gives its own processes 30 s
+            if not left:
+                raise
+            ray.shutdown()
+    yield ray
 
 
 def _told(source: Path) -> OpenJob:
@@ -196,7 +235,7 @@ def _told(source: Path) -> OpenJob:
     return OpenJob(Job(source, source), Picture(torch.zeros(1, 3, 1, 1)), plan)
 
 
-def workers(root: Path, counts: list[int], each: int) -> None:
+def workers(root: Path, counts: list[int], each: int, with_ray: bool) -> None:
     """Pictures per second and how busy the workers were, for more and more of them."""
     source = make_pictures(root / "in", 1, 512) / "000000.png"
     told = _told(source)
@@ -206,7 +245,10 @@ def workers(root: Path, counts: list[int], each: int) -> None:
             out = root / f"out-{count}"
             out.mkdir()
             jobs = [Job(source, out / f"{number}.png") for number in range(count * each)]
-            actors = [ray.remote(Sleeper).options(max_concurrency=4000).remote(str(source)) for _ in range(2)]
+            if ray:
+                actors = [ray.remote(Sleeper).options(max_concurrency=4000).remote(str(source)) for _ in range(2)]
+            else:
+                actors = [Clock(str(source))] * 2
             rng = np.random.default_rng(0)
             takes = iter((rng.choice(SPREAD, 2 * len(jobs)) * SLEPT).tolist())
             team = [SleepingWorker(actors[number % 2], number, takes, told) for number in range(count)]
@@ -222,9 +264,49 @@ def workers(root: Path, counts: list[int], each: int) -> None:
                 f"{slept / count / took:.0%}", f"{busy / len(jobs) * 1e3:.2f}",
             )  # fmt: skip
 
-    with cluster() as ray:
+    with cluster() if with_ray else nullcontext() as ray:
         heads = "| workers | pictures | seconds | wanted pictures / s | got | workers busy | driver CPU ms / picture |"
         rows(heads, table(ray))
+
+
+def model(counts: list[int], each: int, driver_ms: float) -> None:
+    """The same by events alone: one driver that takes `driver_ms` a picture, workers as they are."""
+
+    def simulate(count: int) -> tuple[float, float]:
+        rng, busy, driver_free, now = np.random.default_rng(0), 0.0, 0.0, 0.0
+        left, have = count * each - count * AT_ONCE, [AT_ONCE] * count
+        events: list[tuple[float, int, bool]] = []
+
+        def begin(worker: int, at: float) -> None:
+            nonlocal busy
+            takes = float(rng.choice(SPREAD)) * SLEPT
+            busy += takes
+            heapq.heappush(events, (at + takes, worker, True))
+
+        for worker in range(count):
+            begin(worker, worker * driver_ms / 1e3)
+        while events:
+            now, worker, finished = heapq.heappop(events)
+            if finished:  # the driver books it, and sends another order when it has
+                have[worker] -= 1
+                if have[worker]:
+                    begin(worker, now)
+                driver_free = max(driver_free, now) + driver_ms / 1e3
+                heapq.heappush(events, (driver_free, worker, False))
+            elif left > 0:
+                left -= 1
+                have[worker] += 1
+                if have[worker] == 1:
+                    begin(worker, now)
+        return count * each / now, busy / count / now
+
+    def table() -> Iterator[tuple]:
+        for count in counts:
+            rate, busy = simulate(count)
+            yield count, f"{count / SLEPT:.0f}", f"{rate:.0f}", f"{busy:.0%}"
+
+    say(f"the driver takes {driver_ms:g} ms a picture; {each} pictures a worker")
+    rows("| workers | wanted pictures / s | got | workers busy |", table())
 
 
 def messages(root: Path, count: int) -> None:
@@ -281,7 +363,7 @@ def ratio(root: Path, count: int, side: int, repeat: int) -> None:
             got[kind].append(count / summary.seconds)
             spread.extend(silent.seconds)
 
-    with cluster(1), ray_crew("local", make, 1) as crew:
+    with cluster(), ray_crew("local", make, 1) as crew:
         for number in range(repeat + 1):
             one("process", number, None)
             one("actor", number, crew)
@@ -315,23 +397,29 @@ def kept(root: Path, repeat: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, choices=("driver", "messages", "workers", "ratio", "kept"))
-    parser.add_argument("--count", type=int, default=300, help="calls that are measured, or pictures of --part ratio")
+    parts = ("driver", "messages", "workers", "clock", "model", "ratio", "kept")
+    parser.add_argument("--part", required=True, nargs="+", choices=parts)
+    parser.add_argument("--count", type=int, default=300, help="calls that are measured")
+    parser.add_argument("--pictures", type=int, default=40, help="of --part ratio")
     parser.add_argument("--workers", type=int, nargs="+", default=[10, 100, 300, 1000])
     parser.add_argument("--each", type=int, default=12, help="pictures a sleeping worker gets")
+    parser.add_argument("--driver-ms", type=float, default=4.0, help="of --part model")
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        root = Path(folder).absolute()
-        parts = {
-            "driver": lambda: driver(root, args.count),
-            "messages": lambda: messages(root, args.count),
-            "workers": lambda: workers(root, args.workers, args.each),
-            "ratio": lambda: ratio(root, args.count, args.side, args.repeat),
-            "kept": lambda: kept(root, args.repeat),
-        }
-        parts[args.part]()
+    calls = {
+        "driver": lambda root: driver(root, args.count),
+        "messages": lambda root: messages(root, args.count),
+        "workers": lambda root: workers(root, args.workers, args.each, True),
+        "clock": lambda root: workers(root, args.workers, args.each, False),
+        "model": lambda root: model(args.workers, args.each, args.driver_ms),
+        "ratio": lambda root: ratio(root, args.pictures, args.side, args.repeat),
+        "kept": lambda root: kept(root, args.repeat),
+    }
+    for part in args.part:
+        with tempfile.TemporaryDirectory() as folder:
+            say(f"\n{part}\n")
+            calls[part](Path(folder).absolute())
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_what_cannot_be_written_in_blocks_is_said_before_anything_is_computed(tm
 def test_the_plan_of_twelve_thousand_pixels_by_eight(tmp_path):
     plan = plan_blocks((9000, 12000), Target(scale=8.0))
     assert plan.size == (72000, 96000)
-    assert "6,912 megapixels" in plan.describe()[0] and "about 1.5 GiB" in plan.describe()[2]
+    assert "6,912 megapixels" in plan.describe()[0] and "about 2.6 GiB" in plan.describe()[2]
 
 
 def test_rows_that_are_missing_are_noticed(tmp_path):

@@ -111,13 +111,14 @@ def test_the_pictures_of_an_actor_that_is_killed_are_computed_by_others(cluster,
 def test_the_command_goes_on_with_the_run_of_one_process_and_refuses_other_settings(cluster, folder):
     arguments = ["upscale", folder / "in", "-o", folder / "out", "--device", "cpu", "--scale"]
     (folder / "in" / "bad.png").unlink()
-    in_one_process(folder, partial(prepare, scale=2, device=Device.cpu), "out")
+    in_one_process(folder, partial(prepare, scale=2.0, device=Device.cpu), "out")
     (folder / "out" / "7.png").unlink()
     again = tudsr(*arguments, 2, "--ray", cluster, "--report", folder / "report.html")
     assert again.returncode == 0, again.stderr
     assert "10 pictures: 9 done before, 1 written" in again.stdout
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<img ") == 20 and "written, 23 x 16 to 46 x 32" in page
+    arguments[1] = folder / "in" / "1.png"
     other = tudsr(*arguments, 3, "--ray", cluster)
     assert other.returncode == 1 and "were made with other settings (scale 2.0, now 3.0)" in other.stderr
 

@@ -24,6 +24,7 @@ from .unfinished import unfinished
 log = logging.getLogger(__name__)
 
 BLOCK_PX, OVERLAP_PX = 1024, 128
+ROW_BYTES = 28  # a pixel of a row of blocks takes with all its copies on the way into the file (bench/blocks.py)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class BlockPlan:
     def describe(self) -> list[str]:
         """Return the plan as lines of plain text."""
         height, width = self.size
-        memory = width * self.enlarged.tile_height * 16 / 2**30
+        memory = width * self.enlarged.tile_height * ROW_BYTES / 2**30
         return [
             f"{self.tiles.width} x {self.tiles.height} to {width} x {height} ({height * width / 1e6:,.0f} megapixels)",
             f"{len(self.tiles)} blocks of {self.tiles.tile_width * self.scale} x {self.tiles.tile_height * self.scale}",
