@@ -48,8 +48,8 @@ from tudsr_core.methods import Target
 from tudsr_core.pictures import Picture, read_size, write_picture
 
 SLEPT = 2.0  # mean seconds of a sleeping worker's picture
-# How long pictures of one folder took in a real run over the mean (`--part ratio` prints it): drawn from, not fitted.
-SPREAD = (0.55, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.15, 1.3, 1.6)
+# Seconds of a folder's pictures over their mean: the deciles that `--part ratio` measured on a busy machine.
+SPREAD = (0.44, 0.56, 0.68, 0.80, 0.87, 1.03, 1.23, 1.42, 1.84)
 
 
 class Silent:
@@ -349,18 +349,28 @@ def ratio(root: Path, count: int, side: int, repeat: int) -> None:
     folder, make = make_pictures(root / "in", count, side), partial(prepare, scale=4.0, device=Device.cpu)
     work, _ = make()
     got: dict[str, list[float]] = {"process": [], "actor": []}
+    cpu: dict[str, list[float]] = {"process": [], "actor": []}
     spread: list[float] = []
+
+    def busy(crew: Crew | None) -> float:
+        """CPU seconds of whoever computes."""
+        if crew is None:
+            return time.process_time()
+        import ray
+
+        (worker,) = crew.starting
+        return ray.get(worker.actor.__ray_call__.remote(lambda self: time.process_time()))
 
     def one(kind: str, number: int, crew: Crew | None) -> None:
         out, silent = root / f"{kind}-{number}", Silent()
         out.mkdir()
         jobs = plan_jobs([folder], out)
         with open_manifest(out, {}) as manifest:
-            summary = (
-                run_jobs(jobs, work, silent, manifest) if crew is None else run_on_workers(jobs, crew, silent, manifest)
-            )
+            run, before = partial(run_on_workers, jobs, crew) if crew else partial(run_jobs, jobs, work), busy(crew)
+            summary = run(silent, manifest)
         if number:  # the first of each only warms up
             got[kind].append(count / summary.seconds)
+            cpu[kind].append((busy(crew) - before) / count)
             spread.extend(silent.seconds)
 
     with cluster(), ray_crew("local", make, 1) as crew:
@@ -372,6 +382,8 @@ def ratio(root: Path, count: int, side: int, repeat: int) -> None:
     pairs = [a / p for a, p in zip(got["actor"], got["process"], strict=True)]
     median, (least, most) = statistics.median(pairs), (min(pairs), max(pairs))
     say(f"actor / process: {median:.3f} (median of {len(pairs)} pairs, {least:.3f} to {most:.3f})")
+    seconds_each = {kind: statistics.median(values) for kind, values in cpu.items()}
+    say(f"CPU seconds a picture: process {seconds_each['process']:.3f}, actor {seconds_each['actor']:.3f}")
     mean = statistics.mean(spread)
     deciles = statistics.quantiles([value / mean for value in spread], n=10)
     say("seconds over their mean, deciles: " + ", ".join(f"{value:.2f}" for value in deciles))
