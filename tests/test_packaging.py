@@ -62,9 +62,9 @@ def test_declared_minima_are_the_versions_that_were_run():
 
 
 def test_every_extra_brings_what_the_command_needs():
-    for extra in ("sd", "train", "metrics"):
+    for extra in ("sd", "train", "metrics", "ray"):
         assert "comfyui-tudsr[cli]" in dependencies(extra)
-    assert "comfyui-tudsr[sd,train,metrics]" in dependencies("dev")
+    assert "comfyui-tudsr[sd,train,metrics,ray]" in dependencies("dev")
 
 
 @needs_registry

@@ -11,21 +11,36 @@ from pathlib import Path
 SHOWN_STEM = 40  # characters of a name in its temporary one, since a name may be as long as the file system allows
 
 
+def temporary_name(path: Path, number: int) -> Path:
+    """Return a hidden name in the folder of `path`, one for each `number`, that `remove_leftovers` knows."""
+    return path.with_name(f".{path.stem[:SHOWN_STEM]}.{number}.part{path.suffix}")
+
+
+@contextmanager
+def complete_or_absent(temporary: Path) -> Iterator[None]:
+    """Let the block write a file under a temporary name; what it leaves is on the disk, or removed if it fails."""
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield
+        temporary.chmod(mode)  # some writers create private files; keep what the user's umask says
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it onto `path` if the block succeeds.
 
     On any exception, interrupts included, the temporary file is removed and `path` is untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem[:SHOWN_STEM]}.{os.getpid()}.part{path.suffix}")
+    temporary = temporary_name(Path(path), os.getpid())
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # some writers create private files; keep what the user's umask says
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        with complete_or_absent(temporary):
+            yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ EXTRAS = {
     "peft": "train",
     "accelerate": "train",
     "tomli": "train",
+    "ray": "ray",
     "skimage": "metrics",
     "sklearn": "metrics",
 }

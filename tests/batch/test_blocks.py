@@ -1,6 +1,11 @@
 """Results that are written in blocks: the same picture, with the memory of a row of blocks."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,8 @@ from plain_upscaler import Bicubic
 from tudsr_core.batch import Output, blocks, plan_blocks, upscale_in_blocks
 from tudsr_core.methods import Target
 from tudsr_core.pictures import Picture, PictureError, RowReader, big_tiff, read_picture, write_big_tiff, write_picture
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -149,10 +156,102 @@ def test_what_cannot_be_written_in_blocks_is_said_before_anything_is_computed(tm
 def test_the_plan_of_twelve_thousand_pixels_by_eight(tmp_path):
     plan = plan_blocks((9000, 12000), Target(scale=8.0))
     assert plan.size == (72000, 96000)
-    assert "6,912 megapixels" in plan.describe()[0] and "about 1.5 GiB" in plan.describe()[2]
+    assert "6,912 megapixels" in plan.describe()[0] and "about 2.6 GiB" in plan.describe()[2]
 
 
 def test_rows_that_are_missing_are_noticed(tmp_path):
-    with pytest.raises(PictureError, match="5 rows came of a picture of 9"):
-        write_big_tiff(tmp_path / "a.tif", Picture(waves(3, 1, 1)), (9, 7), iter([waves(3, 5, 7)]))
-    assert list(tmp_path.iterdir()) == []
+    def rows(first):
+        yield waves(3, 5, 7)
+
+    with pytest.raises(PictureError, match="5 rows came of a picture of 9"), (tmp_path / "a.tif").open("wb") as file:
+        write_big_tiff(file, Picture(waves(3, 1, 1)), (9, 7), rows, folder=tmp_path)
+
+
+class Ending(Bicubic):
+    """Ends at its `last` block, and counts."""
+
+    def __init__(self, last=10**9, end=None):
+        super().__init__()
+        self.last, self.end = last, end or (lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def run(self, image, plan, tick=None):
+        if self.computed == self.last:
+            self.end()
+        return super().run(image, plan, tick)
+
+
+def enlarge(folder, name, upscaler=None, settings=None, pyramid=True):
+    upscaler = upscaler or Ending()
+    arguments = folder / "in.tif", folder / name, upscaler, Target(scale=4), Output()
+    upscale_in_blocks(*arguments, pyramid=pyramid, settings=settings or {"scale": 4})
+    return (folder / name).read_bytes(), upscaler.computed
+
+
+@pytest.fixture
+def tall(small_blocks, tmp_path):
+    """A picture of ten rows of two blocks, and a copy of it enlarged in one go."""
+    write_picture(tmp_path / "in.tif", Picture(waves(3, 120, 25), bits=16))
+    assert enlarge(tmp_path, "whole.tif")[1] == 20
+    return tmp_path
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_blocks import Ending, blocks, big_tiff, enlarge
+blocks.BLOCK_PX, blocks.OVERLAP_PX, big_tiff.TILE_PX, big_tiff.SMALLEST_LEVEL_PX = 64, 16, 32, 20
+enlarge(Path(sys.argv[1]), "out.tif", Ending(13, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+"""
+
+
+def test_a_killed_run_goes_on_with_the_strips_that_are_written(tall):
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "batch")))
+    command = [sys.executable, "-c", KILLED, str(tall)]
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode == -signal.SIGKILL
+    left = sorted(path.name for path in tall.iterdir() if path.name.startswith("."))
+    assert left == [".out.unfinished.jsonl", ".out.unfinished.tif"]
+    data, computed = enlarge(tall, "out.tif")
+    assert data == (tall / "whole.tif").read_bytes()
+    assert computed == 20 - 10, "six rows were whole; the last of them reaches into what is not written"
+    assert not [path for path in tall.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("damage", ["none", "torn strip", "torn line", "no journal", "garbage", "source", "settings"])
+def test_what_is_not_whole_or_not_of_this_run_is_made_again(tall, damage):
+    with pytest.raises(KeyboardInterrupt):
+        enlarge(tall, "out.tif", Ending(13))
+    part, journal = tall / ".out.unfinished.tif", tall / ".out.unfinished.jsonl"
+    data, lines = bytearray(part.read_bytes()), journal.read_bytes()
+    written = len(lines.splitlines()) - 1
+    if damage == "torn strip":
+        data[-1] ^= 1
+        part.write_bytes(data)
+    elif damage == "torn line":
+        journal.write_bytes(lines[:-5])
+    elif damage == "no journal":
+        journal.unlink()
+    elif damage == "garbage":
+        journal.write_bytes(lines + b'{"end": 1e99, "sizes": [1]}\n\xff\n')
+        part.write_bytes(data + bytes(10**6))
+    elif damage == "source":
+        os.utime(tall / "in.tif", (1, 1))
+    made, computed = enlarge(tall, "out.tif", settings={"scale": 4, "seed": 1} if damage == "settings" else None)
+    assert made == (tall / "whole.tif").read_bytes()
+    anew = damage in ("no journal", "source", "settings")
+    assert computed == 20 if anew else computed <= 12, f"{written} bands were written"
+
+
+def test_an_interrupt_of_an_interrupted_run_loses_nothing(tall):
+    for last in (9, 4, 3):
+        with pytest.raises(KeyboardInterrupt):
+            enlarge(tall, "out.tif", Ending(last))
+    data, computed = enlarge(tall, "out.tif")
+    assert data == (tall / "whole.tif").read_bytes() and computed <= 12
+
+
+def test_two_runs_at_one_result_are_refused(tall):
+    def second():
+        with pytest.raises(PictureError, match="another run is writing into"):
+            enlarge(tall, "out.tif")
+
+    assert enlarge(tall, "out.tif", Ending(3, second))[0] == (tall / "whole.tif").read_bytes()

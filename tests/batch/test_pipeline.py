@@ -1,6 +1,7 @@
 """The run over many pictures: what overlaps, what stops it, and that nothing is lost."""
 
 import errno
+import shutil
 import threading
 import time
 import weakref
@@ -90,6 +91,53 @@ def test_a_result_that_is_computed_is_written_though_the_next_picture_is_interru
         run(folder, before)
     assert sorted(path.name for path in (folder / "out").glob("*.png")) == ["0.png", "1.png"]
     assert run(folder).done == {"done before": 2, "written": 6}
+
+
+def kill(folder, monkeypatch):
+    """Run the folder, and leave what a kill leaves while picture 3 is computed and 2 is being written."""
+    write, blocked, killed = pipeline.write_result, threading.Event(), folder / "killed"
+
+    def slowly(job, *given):
+        if job.source.name == "1.png":
+            blocked.wait(10)
+        write(job, *given)
+
+    def before(number):
+        if number == 3:
+            shutil.copytree(folder / "out", killed)
+            blocked.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_result", slowly)
+        assert run(folder, before).done == {"written": 8}
+    shutil.rmtree(folder / "out")
+    killed.rename(folder / "out")
+
+
+def test_a_killed_run_computes_nothing_again_but_the_picture_in_flight(folder, monkeypatch, capfd):
+    again = []
+    kill(folder, monkeypatch)
+    assert run(folder, again.append).done == {"done before": 1, "written": 7}
+    assert len(again) == 6 and "it was computed before; only writing it is left" in capfd.readouterr().out
+    assert [Image.open(folder / "out" / f"{shade}.png").getpixel((1, 1))[0] for shade in range(8)] == list(range(8))
+    assert not list((folder / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["short", "changed", "no head", "other source", "force"])
+def test_what_a_killed_run_computed_is_used_only_if_it_is_whole_and_of_this_picture(folder, monkeypatch, damage):
+    kill(folder, monkeypatch)
+    path, again = folder / "out" / ".tudsr-computed", []
+    data = path.read_bytes()
+    if damage == "other source":
+        Image.new("RGB", (3, 2), (100, 0, 0)).save(folder / "in" / "1.png")
+    kept = {"short": data[:-1], "changed": data[:-1] + b"\xff", "no head": b"[]" + data}
+    path.write_bytes(kept.get(damage, data))
+    if damage == "force":
+        assert run(folder, again.append, Output(overwrite=True)).done == {"written": 8} and len(again) == 8
+        return
+    assert run(folder, again.append).done == {"done before": 1, "written": 7} and len(again) == 7
+    shade = 100 if damage == "other source" else 1
+    assert Image.open(folder / "out" / "1.png").getpixel((1, 1))[0] == shade
 
 
 def test_a_full_disk_stops_the_run_with_what_is_left(folder, monkeypatch, capfd):

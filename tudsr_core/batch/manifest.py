@@ -92,6 +92,14 @@ def facts(path: Path) -> Facts:
     return status.st_size, round(status.st_mtime_ns / 1e9, 6)
 
 
+def facts_or_none(path: Path) -> Facts:
+    """Return a file's facts, of nothing where there is none: reading it says what is wrong."""
+    try:
+        return facts(path)
+    except OSError:
+        return 0, 0.0
+
+
 def results_in(folder: Path) -> list[Record]:
     """Return the last result of every output that a folder's manifest knows; none without one."""
     path = folder / MANIFEST
@@ -146,7 +154,7 @@ class Manifest:
 
     def state(self, job: Job) -> State:
         """Return what there is of a job; reads the output only where size and time are not those noted."""
-        name = self._name(job)
+        name = self.name(job)
         if not os.path.exists(job.output):  # also for a name that cannot be: writing says so
             return State.new
         record = self.history.ended.get(name)
@@ -161,23 +169,24 @@ class Manifest:
 
     def record(self, job: Job) -> Record | None:
         """Return how a job ended in this run, or in the run that it goes on with."""
-        return self.history.ended.get(self._name(job))
+        return self.history.ended.get(self.name(job))
 
-    def add_written(self, job: Job, source: Facts, complete: Path, seconds: float) -> None:
-        """Note a result that is complete in the file `complete` and is about to be renamed; raises OSError."""
+    def add_written(self, job: Job, source: Facts, complete: Path, seconds: float, sha256: str | None = None) -> None:
+        """Note a result that is complete in the file `complete` and is about to be renamed; raises OSError.
+
+        `sha256` is its digest, where whoever wrote it has said it.
+        """
         size, mtime = facts(complete)
-        digest, name = sha256_of(complete), str(job.source.absolute())
-        self._add(Record(name, *source, self._name(job), size, mtime, digest, round(seconds, 3)))
+        digest, name = sha256 or sha256_of(complete), str(job.source.absolute())
+        self._add(Record(name, *source, self.name(job), size, mtime, digest, round(seconds, 3)))
 
     def add_failed(self, job: Job, error: BaseException) -> None:
         """Note why there is no result, to be tried again by the next run; raises OSError."""
-        try:
-            source = facts(job.source)
-        except OSError:
-            source = (0, 0.0)
-        self._add(Record(str(job.source.absolute()), *source, self._name(job), error=shown(str(error), 2000)))
+        source = str(job.source.absolute()), *facts_or_none(job.source)
+        self._add(Record(*source, self.name(job), error=shown(str(error), 2000)))
 
-    def _name(self, job: Job) -> str:
+    def name(self, job: Job) -> str:
+        """Return what lines call a job's output: its path in the folder, with `/`."""
         return job.output.relative_to(self.folder).as_posix()
 
     def _add(self, record: Record) -> None:

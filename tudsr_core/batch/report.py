@@ -21,8 +21,8 @@ from ..atomic_write import temporary_beside
 from ..pictures import Picture, PictureError, read_picture
 from ..untrusted import printable
 from .jobs import Job, OpenJob
+from .ledger import Outcome, Summary
 from .manifest import Manifest, State
-from .pipeline import Outcome, Summary
 
 MAX_SHOWN = 500
 SHOWN_PX = 160
@@ -70,7 +70,7 @@ class Report:
         self._room = MAX_SHOWN
 
     def left(self, number: int, job: Job, state: State) -> None:
-        """Note what was there already; small pictures of it are made at the end, from its files."""
+        """Note what was there already."""
         row = self.rows[number - 1]
         row.became = "done before" if state is State.done else "kept"
         if self.manifest and state is State.done:
@@ -83,7 +83,8 @@ class Report:
         """Note a result, with small pictures while there is room for them."""
         row = self.rows[number - 1]
         row.became, row.seconds = "written", outcome.seconds
-        self._show(row, outcome.opened.picture, outcome.result)
+        if outcome.result:
+            self._show(row, outcome.opened.picture, outcome.result)
 
     def failed(self, number: int, job: Job, error: Exception) -> None:
         """Note an error."""
@@ -95,9 +96,9 @@ class Report:
         self.summary = summary
 
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all; raises PictureError."""
+        """Write the file, whole or not at all; pictures that were made elsewhere are read. Raises PictureError."""
         for row in self.rows:
-            if row.became == "done before" and self._room:
+            if row.became in ("written", "done before") and not row.size and self._room:
                 try:
                     self._show(row, read_picture(row.job.source), read_picture(row.job.output))
                 except PictureError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from . import console
 from .console import PATH, complain
 
 if TYPE_CHECKING:
-    from ..batch import Job, OpenJob, Outcome, State, Summary, Work
+    from ..batch import Job, Listener, Manifest, OpenJob, Outcome, State, Summary, Work
     from ..methods import Tick
 
 RecursiveOption = Annotated[
@@ -51,23 +52,68 @@ def run_command(
     which returns the run's settings, is None. `report` is a page to be written about the run, also when it is
     interrupted.
     """
-    from ..batch import Report, Together, open_manifest, run_jobs
+    from ..batch import run_jobs
 
     check_report(report)
     if dry_run:
         raise typer.Exit(1 if _show_plans(jobs, work) else 0)
+    _run(jobs, folder, describe, work.output.overwrite, report, lambda *told: run_jobs(jobs, work, *told))
+
+
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="local|HOST:PORT",
+        help="Compute on a Ray cluster, in one process per GPU (or CPU); local: on those of this machine.",
+    ),
+]
+ShipOption = Annotated[
+    bool, typer.Option(help="With --ray, where the machines share no disk: send the pictures' files there and back.")
+]
+
+
+def ray_command(
+    jobs: Sequence[Job],
+    folder: Path,
+    cluster: tuple[str, bool, bool],
+    make: Callable[[], tuple],
+    report: Path | None,
+) -> None:
+    """Run a command's jobs on a Ray cluster, as `run_command` does; `make` loads the model there.
+
+    `cluster` is its address, whether files are to be sent, and whether GPUs are to be used.
+    """
+    from ..batch import ray_crew, run_on_workers
+
+    check_report(report)
+    address, ship, gpus = cluster
+    with ray_crew(address, make, len(jobs), ship, gpus) as crew:
+        said = crew.said
+        _run(jobs, folder, lambda: said.settings, said.output.overwrite, report, partial(run_on_workers, jobs, crew))
+
+
+def _run(
+    jobs: Sequence[Job],
+    folder: Path,
+    describe: Callable[[], dict] | None,
+    force: bool,
+    report: Path | None,
+    run: Callable[[Listener, Manifest | None], Summary],
+) -> None:
+    from ..batch import Report, Together, open_manifest
+
     with ExitStack() as held:
         manifest, into_folder = None, describe is not None and jobs[0].output != folder
         settings = describe() if describe and (into_folder or report) else {}  # it reads all weight files
         if into_folder:
             folder.mkdir(parents=True, exist_ok=True)
-            manifest = held.enter_context(open_manifest(folder, settings, work.output.overwrite))
+            manifest = held.enter_context(open_manifest(folder, settings, force))
         listener = Voice(len(jobs))
         if report:
             page = Report(jobs, settings, manifest)
             listener = Together(listener, page)
             held.callback(page.write, report)
-        summary = run_jobs(jobs, work, listener, manifest)
+        summary = run(listener, manifest)
     if summary.mistake:
         raise summary.mistake
     if summary.failed or summary.stopped:
@@ -81,8 +127,18 @@ BlocksOption = Annotated[
 PyramidOption = Annotated[bool, typer.Option(help="With --blocks: half-size versions in the same file, for viewers.")]
 
 
-def blocks_command(jobs: Sequence[Job], work: Work, pyramid: bool, dry_run: bool, report: Path | None) -> None:
-    """Enlarge one picture block by block; raises ValueError for what only whole pictures have."""
+def blocks_command(
+    jobs: Sequence[Job],
+    work: Work,
+    describe: Callable[[], dict],
+    pyramid: bool,
+    dry_run: bool,
+    report: Path | None,
+) -> None:
+    """Enlarge one picture block by block, on from where a run that `describe`s itself the same was ended.
+
+    Raises ValueError for what only whole pictures have.
+    """
     from ..batch import plan_blocks, upscale_in_blocks
     from ..pictures import RowReader
 
@@ -105,8 +161,12 @@ def blocks_command(jobs: Sequence[Job], work: Work, pyramid: bool, dry_run: bool
         def tick(done: int, total: int, preview: object) -> None:
             bar.update(task, completed=done)
 
-        more = dict(pyramid=pyramid, reader=reader, tick=tick)
-        upscale_in_blocks(job.source, job.output, upscaler, work.target, work.output, **more)
+        more = dict(pyramid=pyramid, reader=reader, settings=describe(), tick=tick)
+        try:
+            upscale_in_blocks(job.source, job.output, upscaler, work.target, work.output, **more)
+        except KeyboardInterrupt:
+            complain(RuntimeError("interrupted; the same command goes on with what is written"))
+            raise typer.Exit(130) from None
     height, width = plan.size
     console.out.print(f"  {width} x {height} written in {time.monotonic() - began:.1f} s", markup=False)
 
@@ -197,7 +257,7 @@ class Voice:
     def wrote(self, number: int, outcome: Outcome) -> None:
         """Print size and time."""
         self._end_bar()
-        height, width = outcome.result.size
+        height, width = outcome.opened.plan.size
         rate = outcome.seconds / (height * width / 1e6)
         name = f"{printable(outcome.opened.job.output.name)}: " if self.total > 1 else ""
         took = f"{width} x {height} written in {outcome.seconds:.1f} s ({rate:.1f} s per megapixel)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,12 @@ import typer
 from .batches import (
     BlocksOption,
     PyramidOption,
+    RayOption,
     RecursiveOption,
     ReportOption,
+    ShipOption,
     blocks_command,
+    ray_command,
     run_command,
     watch_command,
 )
@@ -170,6 +174,8 @@ def upscale(
     report: ReportOption = None,
     blocks: BlocksOption = False,
     pyramid: PyramidOption = False,
+    ray: RayOption = None,
+    ship: ShipOption = False,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
     **options,
 ) -> None:
@@ -178,10 +184,17 @@ def upscale(
 
     if pyramid and not blocks:
         raise ValueError("--pyramid belongs to --blocks; add it")
+    if blocks and ray:
+        raise ValueError("--blocks computes one picture on this machine; leave out --ray")
+    if ship and not ray:
+        raise ValueError("--ship belongs to --ray; add it")
     jobs = plan_jobs(inputs, output, ending(options["suffix"]), recursive)
+    if ray and not dry_run:
+        cluster = ray, ship, options["device"] is not Device.cpu
+        return ray_command(jobs, output, cluster, partial(prepare, **_anywhere(options)), report)
     work, describe = prepare(**options)
     if blocks:
-        return blocks_command(jobs, work, pyramid, dry_run, report)
+        return blocks_command(jobs, work, describe, pyramid, dry_run, report)
     return run_command(jobs, output, work, describe, dry_run, report)
 
 
@@ -211,6 +224,13 @@ def watch(
         return [job for job in found if job.source in ready]
 
     watch_command(arrived, output, *prepare(**options), settle / 2)
+
+
+def _anywhere(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options that say the same in another process, whose folder is another: with absolute paths."""
+    found = {name: value.absolute() if isinstance(value, Path) else value for name, value in options.items()}
+    is_path = found["model"] != "embedded" and Path(found["model"]).exists()
+    return found | ({"model": str(Path(found["model"]).absolute())} if is_path else {})
 
 
 def _files(model: str, others: dict[str, Path | None]) -> dict[str, Path | None]:

@@ -11,10 +11,10 @@ __all__, __getattr__ = public_names(
     color="COLOR_FIXES ColorFix match_color",
     degradations="clean gaussian_blur mild random_mild",
     files="FORMATS MAX_MEGAPIXELS NoRoomError Picture PictureError pictures_in",
-    reading="read_picture",
+    reading="read_picture read_size",
     real_esrgan="RECIPES Degradation Recipe degrade interpolate sample_degradation",
     regions="RowReader",
     soft_jpeg="jpeg_with_gradient",
     tensors="join_alpha luma pad_to pad_to_multiple resize split_alpha",
-    writing="check_free check_output writable write_picture",
+    writing="check_free check_output encode_picture refusal writable write_picture",
 )

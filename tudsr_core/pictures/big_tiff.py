@@ -3,62 +3,116 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from ..atomic_write import temporary_beside
 from .files import Picture, PictureError
 from .metadata import fitted
-from .writing import check_output, refusal, tiff_options, to_array
+from .writing import tiff_options, to_array
 
 TILE_PX = 512
 SMALLEST_LEVEL_PX = 1024
 
 
+class Bands(Protocol):
+    """Bands of encoded tiles, TILE_PX rows each, from the top."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[bytes]]: ...
+
+
 def write_big_tiff(
-    path: Path,
+    file: BinaryIO,
     facts: Picture,
     size: tuple[int, int],
-    rows: Iterator[Tensor],
+    rows: Callable[[int], Iterator[Tensor]],
     *,
-    overwrite: bool = False,
+    folder: Path,
     pyramid: bool = False,
+    there: Bands = (),
+    on_band: Callable[[list[bytes]], None] = lambda tiles: None,
 ) -> None:
-    """Write a picture of `size = (height, width)` whose rows `1 C h W` (float, 0..1) come in order, any number at once.
+    """Write a picture of `size = (height, width)`; `rows(first)` gives its rows `1 C h W` (float, 0..1) from one on.
 
-    Bits and what travels along are those of `facts`. Memory is that of TILE_PX rows and of what `rows` gives;
-    with `pyramid`, half-size versions down to SMALLEST_LEVEL_PX follow, by way of a file on the same disk.
-    Whole or absent, as `write_picture`. Raises PictureError.
+    Bits and what travels along are those of `facts`. Memory is that of TILE_PX rows and of what `rows` gives; with
+    `pyramid`, half-size versions down to SMALLEST_LEVEL_PX follow, by way of a file in `folder`. `there` are bands
+    of tiles that an earlier call wrote for the same picture, which are not asked for again; `on_band` is called with
+    every later one when it is in the file. The same picture gives the same bytes at the same places, whatever was
+    there. Raises OSError, and PictureError where rows are missing.
     """
     import tifffile
 
-    check_output(path, size, facts.has_alpha, facts.bits, overwrite)
     facts, _ = fitted(facts, "TIFF", 1 if facts.is_grey else 3 + facts.has_alpha)
     sample = to_array(facts)
     channels = sample.shape[2:]
     common = dict(tile=(TILE_PX, TILE_PX), dtype=sample.dtype, compression="zlib", predictor=True)
-    try:
-        with temporary_beside(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as half:
-            smaller = _Halves(half, size, channels, sample.dtype) if pyramid else None
-            bands = _bands(rows, facts, size, channels, smaller)
-            with tifffile.TiffWriter(temporary, bigtiff=True) as tiff:
-                options = tiff_options(sample, facts)
-                levels = smaller.levels if smaller else 0
-                tiff.write(_tiles(bands), shape=(*size, *channels), subifds=levels, **common, **options)
-                kind = {name: options[name] for name in ("photometric", "extrasamples", "planarconfig", "metadata")}
-                for _ in range(levels):
-                    tiff.write(_tiles(smaller.bands()), shape=smaller.shape, subfiletype=1, **common, **kind)
-                    smaller.next_level()
-    except OSError as error:
-        raise refusal(path, error) from error
+    with tempfile.TemporaryFile(dir=folder) as half, ThreadPoolExecutor() as pool:
+        smaller = _Halves(half, size, channels, sample.dtype) if pyramid else None
+        first = min(len(there) * TILE_PX, size[0])
+        bands = _bands(rows(first), facts, (size[0] - first, size[1]), channels)
+        with tifffile.TiffWriter(file, bigtiff=True) as tiff:
+            options = tiff_options(sample, facts)
+            levels = smaller.levels if smaller else 0
+            tiles = _encoded(bands, there, on_band, smaller, _Codec(sample, size[1]), pool)
+            tiff.write(tiles, shape=(*size, *channels), subifds=levels, **common, **options)
+            kind = {name: options[name] for name in ("photometric", "extrasamples", "planarconfig", "metadata")}
+            for _ in range(levels):
+                tiff.write(_tiles(smaller.bands()), shape=smaller.shape, subfiletype=1, **common, **kind)
+                smaller.next_level()
+
+
+def _encoded(
+    bands: Iterator[np.ndarray],
+    there: Bands,
+    on_band: Callable[[list[bytes]], None],
+    smaller: _Halves | None,
+    codec: _Codec,
+    pool: Executor,
+) -> Iterator[bytes]:
+    """Yield the tiles as the file has them; whoever writes them asks for one when the one before is written."""
+    for tiles in there:
+        if smaller:
+            smaller.add(codec.band(tiles))
+        yield from tiles
+    for band in bands:
+        if smaller:
+            smaller.add(band)
+        tiles = list(pool.map(codec.encode, _tiles([band])))
+        yield from tiles
+        on_band(tiles)
+
+
+class _Codec:
+    """Tiles as numbers and as bytes in the file: differences of neighbours, compressed, as tifffile has them."""
+
+    def __init__(self, sample: np.ndarray, width: int) -> None:
+        self.shape, self.dtype, self.width = (TILE_PX, TILE_PX, *sample.shape[2:]), sample.dtype, width
+
+    def encode(self, tile: np.ndarray) -> bytes:
+        """Return the bytes of a tile, which may be smaller at the picture's borders."""
+        import imagecodecs
+
+        whole = np.zeros(self.shape, self.dtype)
+        whole[: tile.shape[0], : tile.shape[1]] = tile
+        return imagecodecs.deflate_encode(imagecodecs.delta_encode(whole, axis=1))
+
+    def band(self, tiles: list[bytes]) -> np.ndarray:
+        """Return the rows that a band of tiles is of."""
+        import imagecodecs
+
+        arrays = [np.frombuffer(imagecodecs.deflate_decode(tile), self.dtype).reshape(self.shape) for tile in tiles]
+        return np.concatenate([imagecodecs.delta_decode(array, axis=1) for array in arrays], 1)[:, : self.width]
 
 
 def _bands(
-    rows: Iterator[Tensor], facts: Picture, size: tuple[int, int], channels: tuple[int, ...], smaller: _Halves | None
+    rows: Iterator[Tensor], facts: Picture, size: tuple[int, int], channels: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
     """Yield the rows as numbers of the file, TILE_PX at once; the last ones may be fewer."""
     height, width = size
@@ -66,19 +120,17 @@ def _bands(
     for part in rows:
         at = 0
         while at < part.shape[2]:
-            count = min(TILE_PX - filled, part.shape[2] - at, 64)  # rounding takes eight bytes a number
+            count = min(TILE_PX - filled, part.shape[2] - at)
             band[filled : filled + count] = to_array(replace(facts, pixels=part[:, :, at : at + count]))
             filled, at, done = filled + count, at + count, done + count
             if filled == TILE_PX or done == height:
-                if smaller:
-                    smaller.add(band[:filled])
                 yield band[:filled]
                 filled = 0
     if done != height:
         raise PictureError(f"{done} rows came of a picture of {height}")
 
 
-def _tiles(bands: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _tiles(bands: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     for band in bands:
         for left in range(0, band.shape[1], TILE_PX):
             yield np.ascontiguousarray(band[:, left : left + TILE_PX])

@@ -70,6 +70,15 @@ def read_picture(path: Path, max_megapixels: float | None = None) -> Picture:
         raise PictureError(f"{path} is damaged or incomplete ({reason:.200}); copy or download it again") from error
 
 
+def read_size(path: Path) -> tuple[int, int]:
+    """Return `(height, width)` as a file's header has it, which nobody has checked; (0, 0) where there is none."""
+    try:
+        with _quiet_pillow(), Image.open(path) as image:
+            return image.size[::-1]
+    except Exception:  # `read_picture` says what is wrong
+        return 0, 0
+
+
 def _read(path: Path, head: bytes, file_bytes: int, max_megapixels: float | None) -> Picture:
     if head[:4] in TIFF_MAGIC:  # read in pieces: of a long file of many pictures, only the first
         return _read_tiff(path, max_megapixels)
