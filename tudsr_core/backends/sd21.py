@@ -130,7 +130,8 @@ def _read_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, 
 
     def load_text() -> tuple[nn.Module, Tokens]:
         text = path / "text_encoder"
-        config = network_config(_read_fields(text / "config.json"))
+        fields = _read_fields(text / "config.json")
+        config = network_config(fields) | {"eos_token_id": fields.whole("eos_token_id", 2, least=0)}
         weights = _copied(text, _folder_weights(text, ("model", "pytorch_model")), dtype)
         network = _text_network(path, config, lambda network: weights)
         return network, tokens_of(path / "tokenizer", network.config.vocab_size)

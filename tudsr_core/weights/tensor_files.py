@@ -111,8 +111,15 @@ def _tensor(path: Path, file: safe_open, key: str) -> Tensor:
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file under a temporary name and rename it; raises CheckpointError if the disk refuses."""
+    taken: set[int] = set()
+    own = {}
+    for key, value in tensors.items():
+        value = value.contiguous()
+        place = value.untyped_storage().data_ptr()
+        own[key] = value.clone() if place in taken else value  # the format has no tensors that share memory
+        taken.add(place)
     with _full_disk_named(path), temporary_beside(path) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+        save_file(own, temporary, metadata)
 
 
 @contextmanager
