@@ -121,6 +121,15 @@ Every tile sees its part of the low-resolution picture **and** its own words.
 - decoding needs the memory of one tile, CFW too
 
 Needs SD2.1-base, CLIP-ViT-H-14 and StableSR's two files (template 10).""",
+    "14-degrade-and-upscale": """## Down and up again
+A good picture is made small and poor, upscaled, and put beside the original. Nothing is downloaded.
+
+- **downsampler**: *shipped*, or one trained on your own bad pictures (`tudsr train downsampler`)
+- **strength** 0 is the plain downscale; **seed** draws other noise
+- connect a bad picture to **style** to take its kind of damage
+- *Degrade Picture (Classical)* takes the same place, with published ranges
+
+The photo here is small, so the factor is 2; 4 is what networks were trained for.""",
     "07-zoomed-in-diffused-out": """## Zoomed In, Diffused Out
 SD2.x, a **tile ControlNet**, a prompt per tile, CFG 5.5, 50 DDPM steps (t = 981 ... 1) from the
 noised low-resolution latent, on the **stock KSampler**: the conditions hold one area per tile.
