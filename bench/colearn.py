@@ -163,7 +163,7 @@ DOWN = ("P", "G")
 DONE = "done.json"
 TAUGHT, STEPS, ALONE = 60, 100, 300  # of the teacher, of every student, of a downsampler alone
 COMMON = dict(
-    data=dict(size=128, batch=2, workers=0, classical=0.0),
+    data=dict(size=128, batch=2, workers=0),
     optimizer=dict(rate=2e-4, down_rate=5e-4, critic_rate=2e-4, betas=(0.5, 0.99)),
     weights=dict(diversity=0.0),
     run=dict(precision="fp32", gradient_checkpointing=False, save_every=60, keep=1, tensorboard=False),
@@ -175,9 +175,9 @@ PAIRS_ONLY = dict(
     downsampler=dict(learns=False),
 )
 # Twice the steps, since student and downsampler take turns. What is less than the defaults is so for the sake of PSNR:
-# L1 of the cycle outweighs the squared error of pairs, and an adversarial term invents.
+# L1 of the cycle outweighs the squared error of pairs, and an adversarial term invents; the inverse is another task.
 TOGETHER = dict(
-    weights=dict(adversarial=0.005, cycle=0.05, down_cycle=0.2, cycle_after=40),
+    weights=dict(adversarial=0.005, inverse=0.0, consistency=0.0, cycle=0.05, down_cycle=0.2, cycle_after=40),
     optimizer=dict(down_rate=2e-4),
     phases=dict(teacher=TAUGHT, joint=2 * STEPS),
     safeguards=dict(every=40),

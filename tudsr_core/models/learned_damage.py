@@ -14,6 +14,7 @@ from ..pictures import resize
 GRID = 4  # good pixels for a poor one, a side
 LEAST_FACTOR, MOST_FACTOR, MOST_STRENGTH = 1.0, 8.0, 1.5
 TILE = 256  # poor pixels a side, without the surroundings that are computed with them
+FRAME = 16  # poor pixels around a picture; whole blocks of JPEG, which are counted from its corner
 STYLE_SIDE = 512  # of the middle of a style picture, which is all that is looked at
 
 Tick = Callable[[int, int, object], None]
@@ -28,11 +29,6 @@ class LearnedDamage(nn.Module):
     """
 
     reach: int | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network's weights are."""
-        return next(self.parameters()).device
 
     @torch.no_grad()
     def degrade(
@@ -58,8 +54,11 @@ class LearnedDamage(nn.Module):
         base = shrink(sharp, factor)
         if strength == 0:
             return base
-        size, device = tuple(base.shape[-2:]), self.device
-        large = resize(sharp, tuple(side * GRID for side in size)).clamp(0, 1)
+        device = next(self.parameters()).device
+        large = resize(sharp, tuple(side * GRID for side in base.shape[-2:])).clamp(0, 1)
+        # A frame is computed too and cut off, or what convolutions make of the outside would be seen.
+        large, base = (F.pad(x, (width,) * 4, mode="replicate") for x, width in ((large, FRAME * GRID), (base, FRAME)))
+        size = tuple(base.shape[-2:])
         parts = boxes(size, max(size), 0) if self.reach is None else boxes(size, tile, self.reach)
         for number in range(len(sharp)):
             noise, code = self.draw(size, seed + number)
@@ -73,7 +72,7 @@ class LearnedDamage(nn.Module):
                 result[part.made] += strength * added.to(base)
                 if tick:
                     tick(done, len(parts) * len(sharp), None)
-        return base.clamp(0, 1)
+        return base[..., FRAME:-FRAME, FRAME:-FRAME].clamp(0, 1)
 
     def draw(self, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
         """Return noise `1 K h w` for a whole poor picture and a code `1 D`, drawn from `seed` on the CPU."""
