@@ -269,6 +269,13 @@ def measure_downsampler(file: Path | None, pictures: dict[str, Tensor]) -> dict[
     return _means([traits(poor, sharp) for poor, sharp in zip(made, pictures.values(), strict=True)])
 
 
+def kept(place: Path, arm: str, seed: int, measure) -> dict:
+    """Return a row of a table, from the file `place` if it was measured before."""
+    if not place.exists():
+        place.write_text(json.dumps({"arm": arm, "seed": seed} | measure()), encoding="utf-8")
+    return json.loads(place.read_text("utf-8"))
+
+
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
 
@@ -301,17 +308,19 @@ def main() -> None:
     prepare(args.photos, args.wheels, args.output)
     pictures = read_photos(CHOICE, args.wheels) if args.choose else read_held_out()
     pictures = {name: whole(one[None]) for name, one in pictures.items()}
-    up = [{"arm": "shipped", "seed": 0} | measure_upsampler(None, pictures)]
-    down = [{"arm": "hidden", "seed": 0} | measure_downsampler(None, pictures)]
+    which = "choice" if args.choose else "held-out"
+    up = [kept(args.output / f"shipped {which}.json", "shipped", 0, lambda: measure_upsampler(None, pictures))]
+    down = [kept(args.output / f"hidden {which}.json", "hidden", 0, lambda: measure_downsampler(None, pictures))]
     for seed in map(int, args.seeds.split(",")):
         for arm in args.arms.split(","):
             folder = learn(args.output, arm, seed)
             if arm in ARMS:
-                up.append({"arm": arm, "seed": seed} | measure_upsampler(folder / "model.safetensors", pictures))
+                file = folder / "model.safetensors"
+                up.append(kept(folder / f"up {which}.json", arm, seed, lambda f=file: measure_upsampler(f, pictures)))
             if arm in (*DOWN, "co-learning"):
-                down.append(
-                    {"arm": arm, "seed": seed} | measure_downsampler(folder / "downsampler.safetensors", pictures)
-                )
+                file = folder / "downsampler.safetensors"
+                place = folder / f"down {which}.json"
+                down.append(kept(place, arm, seed, lambda f=file: measure_downsampler(f, pictures)))
     show(up, ("shipped", *ARMS))
     show(down, ("hidden", *DOWN, "co-learning"))
 

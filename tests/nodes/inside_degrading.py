@@ -55,7 +55,7 @@ def check_the_shipped_one_needs_no_file():
     loaded, image = loader.execute("shipped").args[0], picture(1, 90, 70)
     made = run(image, loaded, 2.0)
     plain = part("tudsr_core.models").shrink(image.movedim(-1, 1), 2.0).movedim(1, -1)
-    assert made.shape == (1, 45, 35, 3) and 2 / 255 < (made - plain).std() < 30 / 255
+    assert made.shape == (1, 45, 35, 3) and (made - plain).std() > 2 / 255
 
 
 def check_the_network_is_managed_and_the_run_can_be_cancelled():
