@@ -8,7 +8,8 @@ good and poor pictures and every training; a second run goes on where the first 
 
 Half of the photographs, whole, are damaged by `hide` below; trainers see a folder of the results and a folder of
 crops of the other half. Five upsamplers are trained for as many steps from the shipped model: on clean downscaling,
-on Real-ESRGAN's damage, on what the pixel downsampler makes, on what the latent one makes, and by co-learning. All are
+on Real-ESRGAN's damage, on what the pixel downsampler makes, on what the latent one makes, and by co-learning; half of
+the pairs of the last three are Real-ESRGAN's. A sixth sees half true pairs of `hide`: what there is to gain. All are
 measured on the five public pictures under `hide`, which nothing here was trained or chosen on; `--choose` measures on
 two others, on which every setting was chosen.
 """
@@ -100,10 +101,10 @@ def whole(picture: Tensor) -> Tensor:
 
 def prepare(photos: Path, wheels: Path, root: Path) -> None:
     """Write the two folders that trainers see."""
-    if (root / "poor").exists():
+    if (root / "truth").exists():
         return
     public = {name: one[None] for name, one in read_photos(TRAIN, wheels).items()}
-    for folder in (root / "good", root / "poor.part"):
+    for folder in (root / "good", root / "poor", root / "truth.part"):
         folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
     for name in (*GOOD, *GOOD_TOO):
@@ -118,8 +119,10 @@ def prepare(photos: Path, wheels: Path, root: Path) -> None:
             write(root / "good" / f"{name}-{number}.png", crop)
     for number, name in enumerate((*POOR, *POOR_TOO)):
         picture = whole(public[name] if name in public else photograph(photos, name))
-        write(root / "poor.part" / f"{name}.png", hide(picture, number)[0])
-    (root / "poor.part").rename(root / "poor")
+        write(root / "poor" / f"{name}.png", hide(picture, number)[0])
+    for number, path in enumerate(sorted((root / "good").iterdir())):
+        write(root / "truth.part" / path.name, hide(read_picture(path).pixels[:, :3], 500 + number)[0])
+    (root / "truth.part").rename(root / "truth")
 
 
 def traits(poor: Tensor, sharp: Tensor) -> dict[str, float]:
@@ -158,7 +161,7 @@ def _fine(picture: Tensor) -> Tensor:
     return spectrum[torch.maximum(*axes) > 0.375].mean()
 
 
-ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning")
+ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "truth")
 DOWN = ("P", "G")
 DONE = "done.json"
 TAUGHT, STEPS, ALONE = 60, 100, 300  # of the teacher, of every student, of a downsampler alone
@@ -195,6 +198,7 @@ def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
         "real-esrgan": (PAIRS_ONLY, dict(data=dict(classical=1.0))),
         "pixel": (PAIRS_ONLY, dict(downsampler=dict(start=down["P"]))),
         "latent": (PAIRS_ONLY, dict(downsampler=dict(start=down["G"]))),
+        "truth": (PAIRS_ONLY, dict(data=dict(paired=True, poor=(root / "truth",)))),
         "co-learning": (TOGETHER, dict(downsampler=dict(start=down["G"]))),
     }[arm]
     config = read_colearn(CONFIGS / "colearn.toml", "downsampler" if arm in DOWN else "colearn")
