@@ -161,7 +161,7 @@ def _fine(picture: Tensor) -> Tensor:
     return spectrum[torch.maximum(*axes) > 0.375].mean()
 
 
-ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "truth")
+ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "turns alone", "truth")
 DOWN = ("P", "G")
 DONE = "done.json"
 TAUGHT, STEPS, ALONE = 60, 100, 300  # of the teacher, of every student, of a downsampler alone
@@ -185,6 +185,11 @@ TOGETHER = dict(
     phases=dict(teacher=TAUGHT, joint=2 * STEPS),
     safeguards=dict(every=40),
 )
+# Of co-learning only that student and downsampler take turns: no cycle, no teacher, no D_H.
+TURNS_ALONE = dict(
+    weights=dict(adversarial=0.0, cycle=0.0, down_cycle=0.0),
+    teacher=dict(kind="none"),
+)
 
 
 def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
@@ -199,6 +204,7 @@ def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
         "pixel": (PAIRS_ONLY, dict(downsampler=dict(start=down["P"]))),
         "latent": (PAIRS_ONLY, dict(downsampler=dict(start=down["G"]))),
         "truth": (PAIRS_ONLY, dict(data=dict(paired=True, poor=(root / "truth",)))),
+        "turns alone": (TOGETHER, TURNS_ALONE, dict(downsampler=dict(start=down["G"]))),
         "co-learning": (TOGETHER, dict(downsampler=dict(start=down["G"]))),
     }[arm]
     config = read_colearn(CONFIGS / "colearn.toml", "downsampler" if arm in DOWN else "colearn")
@@ -321,12 +327,12 @@ def main() -> None:
             if arm in ARMS:
                 file = folder / "model.safetensors"
                 up.append(kept(folder / f"up {which}.json", arm, seed, lambda f=file: measure_upsampler(f, pictures)))
-            if arm in (*DOWN, "co-learning"):
+            if arm in (*DOWN, "co-learning", "turns alone"):
                 file = folder / "downsampler.safetensors"
                 place = folder / f"down {which}.json"
                 down.append(kept(place, arm, seed, lambda f=file: measure_downsampler(f, pictures)))
     show(up, ("shipped", *ARMS))
-    show(down, ("hidden", *DOWN, "co-learning"))
+    show(down, ("hidden", *DOWN, "co-learning", "turns alone"))
 
 
 if __name__ == "__main__":
