@@ -1,6 +1,7 @@
-"""A few training steps of both stages with random weights of Stable Diffusion 2.1-base's size: seconds and memory.
+"""A few training steps with random weights of Stable Diffusion 2.1-base's size: seconds and memory.
 
-    python bench/training.py FOLDER [--size 128] [--steps 3] [--base-precision fp32]
+    python bench/training.py FOLDER [--size 128] [--steps 3] [--base-precision fp32]         both stages
+    python bench/training.py FOLDER --stage colearn [--size 256] [--steps 1]                 joint steps of co-learning
 
 Writes weights of 2.3 GiB into FOLDER once: base model, DINOv3 ViT-B/16 and VGG16. The text tower has one layer, since
 its words are computed once; everything else has its published shape.
@@ -29,8 +30,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from small_sd import write_tokenizer
 
 from tudsr_core.models.features import EXTRACTORS
+from tudsr_core.training.colearn import Colearner
+from tudsr_core.training.colearn_config import read_colearn
 from tudsr_core.training.config import read_config
 from tudsr_core.training.trainer import Trainer
+from tudsr_core.training.two_folders import samples
 
 SETTINGS = """
 output = "out-{stage}"
@@ -54,6 +58,31 @@ base_precision = "{base_precision}"
 tensorboard = false
 """
 
+COLEARN = """
+output = "out-colearn"
+[model]
+base = "base"
+[data]
+good = ["photos"]
+poor = ["poor"]
+size = {size}
+batch = 1
+workers = 0
+[downsampler]
+kind = "shared"
+[teacher]
+kind = "none"
+[weights]
+cycle_after = 0
+[phases]
+joint = {steps}
+order = "joint"
+[run]
+precision = "fp32"
+base_precision = "{base_precision}"
+tensorboard = false
+"""
+
 
 def write_weights(folder: Path) -> None:
     """Write everything that a training needs into `folder`, half precision where files usually are."""
@@ -71,6 +100,36 @@ def write_weights(folder: Path) -> None:
     (folder / "photos").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), np.uint8)
     Image.fromarray(noise).resize((1280, 1280), Image.Resampling.BICUBIC).save(folder / "photos" / "noise.png")
+
+
+def run_colearn(folder: Path, **settings: object) -> None:
+    """Take joint steps of student and shared downsampler, and print one JSON line of figures."""
+    if not (folder / "poor").exists():
+        (folder / "poor").mkdir()
+        with Image.open(folder / "photos" / "noise.png") as photo:
+            photo.resize((320, 320), Image.Resampling.BOX).save(folder / "poor" / "noise.png")
+    (folder / "colearn.toml").write_text(COLEARN.format(**settings), encoding="utf-8")
+    began = time.monotonic()
+    learner = Colearner(read_colearn(folder / "colearn.toml", "colearn"))
+    loaded, loaded_kib = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    busy, stream, times, last = time.process_time(), samples(learner.pictures, 0), [], {}
+    for _ in range(int(settings["steps"])):
+        began = time.monotonic()
+        last = learner.take_step(next(stream))
+        times.append(round(time.monotonic() - began, 1))
+    figures = {
+        "stage": "colearn",
+        **settings,
+        "trained": {name: sum(p.numel() for p in own.values()) for name, own in learner.parameters.items()},
+        "one_backbone": learner.networks.down.networks.unet is learner.networks.student.unet,
+        "load_s": round(loaded, 1),
+        "step_s": times,
+        "step_cpu_s": round((time.process_time() - busy) / len(times), 1),
+        "loaded_gib": round(loaded_kib / 2**20, 2),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "last": {name: round(value, 4) for name, value in last.items()},
+    }
+    sys.stdout.write(json.dumps(figures) + "\n")
 
 
 def run(folder: Path, stage: int, **settings: object) -> None:
@@ -110,12 +169,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--base-precision", default="fp32", help="of the frozen weights: fp32 or bf16")
-    parser.add_argument("--stage", type=int, help="one stage alone, in this process")
+    parser.add_argument("--stage", choices=("1", "2", "colearn"), help="one alone, in this process")
     args = parser.parse_args()
     if not (args.folder / "photos").exists():
         write_weights(args.folder)
+    settings = dict(size=args.size, steps=args.steps, base_precision=args.base_precision)
+    if args.stage == "colearn":
+        run_colearn(args.folder, **settings)
+    elif args.stage:
+        run(args.folder, int(args.stage), **settings)
     if args.stage:
-        run(args.folder, args.stage, size=args.size, steps=args.steps, base_precision=args.base_precision)
         return
     for stage in ("1", "2"):
         subprocess.run([sys.executable, *sys.argv, "--stage", stage], check=True)

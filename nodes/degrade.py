@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..tudsr_core.models import DOWNSAMPLER_FORMAT, load_downsampler
+from ..tudsr_core.models import downsampler_path, kind_of, load_downsampler
 from ..tudsr_core.pictures import RECIPES, degrade, resize, sample_degradation
-from ..tudsr_core.weights import CheckpointError, open_safetensors
+from ..tudsr_core.weights import CheckpointError
 from .host.downsampler import ManagedDownsampler
 from .host.model_files import find_weights, fingerprint, is_there, list_below, model_roots
 from .images import rgb
 from .inputs import CATEGORY, DownsamplerType, float_input, pixels_input, switch_input
 
-NOTHING = "(put a file of tudsr train downsampler into models/tudsr)"
+SHIPPED = "shipped"
 
 
 def _seed_input() -> io.Input:
@@ -41,7 +41,7 @@ class DegradeImage(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TUDSRDegradeImage",
-            display_name="Degrade Image",
+            display_name="Degrade Picture (Classical)",
             category=CATEGORY,
             description="Makes a picture small and poor as the training of upscalers does: blur, resizing, noise and "
             "JPEG, twice over (Real-ESRGAN). For trying an upscaler where the truth is known.",
@@ -91,10 +91,15 @@ def list_downsamplers() -> list[str]:
 
 
 def _is_downsampler(file: Path) -> bool:
+    """Return whether a file is a downsampler that needs nothing else: adapters of SD2.1 are for the command line."""
     try:
-        return (open_safetensors(file).metadata() or {}).get("format") == DOWNSAMPLER_FORMAT
+        return kind_of(file) != "shared"
     except CheckpointError:
         return False
+
+
+def _file_of(choice: str) -> Path:
+    return downsampler_path() if choice == SHIPPED else find_weights(choice)
 
 
 class LoadDownsampler(io.ComfyNode):
@@ -111,8 +116,10 @@ class LoadDownsampler(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "downsampler",
-                    options=list_downsamplers() or [NOTHING],
-                    tooltip="A file in models/tudsr that tudsr train downsampler or tudsr train colearn has written.",
+                    options=[SHIPPED, *list_downsamplers()],
+                    default=SHIPPED,
+                    tooltip="The one that comes with this pack, or a file in models/tudsr that tudsr train downsampler "
+                    "or tudsr train colearn has written.",
                 )
             ],
             outputs=[
@@ -122,15 +129,15 @@ class LoadDownsampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, downsampler) -> bool | str:
-        return is_there(downsampler)
+        return downsampler == SHIPPED or is_there(downsampler)
 
     @classmethod
     def fingerprint_inputs(cls, downsampler) -> str:
-        return fingerprint(find_weights(downsampler))
+        return fingerprint(_file_of(downsampler))
 
     @classmethod
     def execute(cls, downsampler) -> io.NodeOutput:
-        return io.NodeOutput(ManagedDownsampler(load_downsampler(find_weights(downsampler))))
+        return io.NodeOutput(ManagedDownsampler(load_downsampler(_file_of(downsampler))))
 
 
 class DegradeLearned(io.ComfyNode):

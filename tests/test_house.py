@@ -28,7 +28,7 @@ ROOMS = {
     "prompts": "untrusted assets pictures tiling",
     "methods": "untrusted atomic_write pictures tiling diffusion prompts",
     "weights": "untrusted atomic_write assets diffusion methods",
-    "models": "untrusted pictures weights",
+    "models": "untrusted assets pictures weights",
     "backends": "untrusted tiling diffusion vae methods weights models",
     "batch": "untrusted missing_packages atomic_write pictures tiling methods",
     "degrading": "atomic_write pictures models batch",

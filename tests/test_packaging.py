@@ -99,7 +99,10 @@ def test_wheel_and_sdist_carry_every_file_of_the_library(built):
         for path in (ROOT / "tudsr_core").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"tudsr_core/models/README.md", "tudsr_core/assets/embedded.safetensors"} <= ours
+    assert {
+        "tudsr_core/models/README.md",
+        *(f"tudsr_core/assets/{name}.safetensors" for name in ("embedded", "downsampler")),
+    } <= ours
     assert {name for name in wheel if not name.startswith("comfyui_tudsr-")} == ours
     assert ours <= sdist
 

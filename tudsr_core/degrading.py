@@ -19,7 +19,7 @@ from torch import Tensor
 from . import __version__
 from .atomic_write import temporary_beside
 from .batch import Job
-from .models import Downsampler, load_downsampler
+from .models import LearnedDamage, SharedNetworks, load_downsampler
 from .pictures import RECIPES, degrade, read_picture, sample_degradation
 
 BESIDE = ".degraded.json"
@@ -50,11 +50,21 @@ class Classical:
 
 
 class Learned:
-    """A downsampler's file; `style` is a bad picture whose kind of damage is taken. Raises CheckpointError."""
+    """A downsampler's file; `style` is a bad picture whose kind of damage is taken. Raises CheckpointError.
 
-    def __init__(self, path: Path, factor: float = 4.0, strength: float = 1.0, style: Path | None = None) -> None:
+    `networks` are those of SD2.1, for a file that is an adapter of them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        factor: float = 4.0,
+        strength: float = 1.0,
+        style: Path | None = None,
+        networks: SharedNetworks | None = None,
+    ) -> None:
         self.factor, self.strength = factor, strength
-        self.network: Downsampler = load_downsampler(path)
+        self.network: LearnedDamage = load_downsampler(path, networks)
         self.style = None if style is None else read_picture(style).pixels[:, :3]
         self.said = {
             "how": "learned",

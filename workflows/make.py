@@ -121,6 +121,15 @@ Every tile sees its part of the low-resolution picture **and** its own words.
 - decoding needs the memory of one tile, CFW too
 
 Needs SD2.1-base, CLIP-ViT-H-14 and StableSR's two files (template 10).""",
+    "14-degrade-and-upscale": """## Down and up again
+A good picture is made small and poor, upscaled, and put beside the original. Nothing is downloaded.
+
+- **downsampler**: *shipped*, or one trained on your own bad pictures (`tudsr train downsampler`)
+- **strength** 0 is the plain downscale; **seed** draws other noise
+- connect a bad picture to **style** to take its kind of damage
+- *Degrade Picture (Classical)* takes the same place, with published ranges
+
+The photo here is small, so the factor is 2; 4 is what networks were trained for.""",
     "15-hypir": """## Restore and enlarge with HYPIR
 One step that cleans up and invents detail. For x8 the same adapter works twice: x4, then x2.
 Or give **stage_two** a TUDSR stage-two adapter: HYPIR restores, TUDSR enlarges.

@@ -9,7 +9,7 @@ from command import tudsr
 from PIL import Image
 
 from tudsr_core.cli.degrading import RECIPE_NAMES
-from tudsr_core.models.downsampler import Downsampler, DownsamplerConfig, load_downsampler, write_downsampler
+from tudsr_core.models import Downsampler, DownsamplerConfig, downsampler_path, load_downsampler, write_downsampler
 from tudsr_core.pictures import RECIPES, clean, read_picture
 
 
@@ -69,6 +69,22 @@ def test_strength_style_and_seed_matter_and_the_same_words_make_the_same_bytes(f
     assert torch.equal(read_picture(tmp_path / "nothing.png").pixels, low)
 
 
+def test_the_shipped_downsampler_is_the_default(files, tmp_path):
+    done = tudsr("degrade", files / "good" / "a.png", "-o", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert said(tmp_path / "a.png")["downsampler"] == "downsampler.safetensors"
+    wanted = load_downsampler(downsampler_path()).degrade(read_picture(files / "good" / "a.png").pixels)
+    assert (read_picture(tmp_path / "a.png").pixels - wanted).abs().max() < 0.51 / 255
+
+
+def test_the_shipped_downsampler_is_small_and_damages_as_its_card_says():
+    """Noise, no shift of colour: on a grey picture, whose damage is all there is to see."""
+    assert downsampler_path().stat().st_size <= 3_000_000
+    grey = torch.full((1, 3, 512, 512), 0.5)
+    damage = load_downsampler(downsampler_path()).degrade(grey) - 0.5
+    assert damage.mean((0, 2, 3)).abs().max() < 1 / 255 and 4 / 255 < damage.std() < 24 / 255
+
+
 def test_the_classical_damage_says_all_that_was_drawn(files, tmp_path):
     done = tudsr("degrade", files / "alpha.png", "-o", tmp_path / "c.png", "--recipe", "omgsr", "--seed", 2)
     assert done.returncode == 0 and "transparency is left out" in done.stdout, done.stderr
@@ -81,11 +97,10 @@ def test_what_cannot_be_done_is_said_in_one_line(files, tmp_path):
     good, out = files / "good" / "a.png", ("-o", tmp_path / "x.png")
     down = "--downsampler", files / "down.safetensors"
     for arguments, says in (
-        ((), "give either --downsampler with a file, or --recipe"),
-        ((*down, "--recipe", "omgsr"), "give either"),
+        ((*down, "--recipe", "omgsr"), "leave one of them out"),
         ((*down, "--factor", 9), "--factor 9 must be from 1 to 8"),
         ((*down, "--strength", 3), "strength 3 must be from 0 to 1.5"),
-        (("--recipe", "omgsr", "--strength", 1), "belong to --downsampler"),
+        (("--recipe", "omgsr", "--strength", 1), "belong to learned damage"),
         (("--downsampler", good), "cannot be read safely"),
         (("--downsampler", tmp_path / "none.safetensors"), "does not exist"),
     ):

@@ -16,6 +16,8 @@ from tudsr_core.cli.inspection import inspect_file
 from tudsr_core.diffusion.one_step import from_noise_level
 from tudsr_core.models import dape
 from tudsr_core.models.cfw import FeatureWrapping, load_wrapping
+from tudsr_core.models.downsampler import Downsampler, DownsamplerConfig
+from tudsr_core.models.downsampler_files import DOWNSAMPLER_FORMAT, load_downsampler, write_downsampler
 from tudsr_core.models.embedded import make_unet, make_vae
 from tudsr_core.models.invsr import NoisePredictor, build_predictor
 from tudsr_core.models.ram import RamConfig, RamTagger
@@ -173,6 +175,13 @@ def tagger(path: Path) -> Tree:
     return read_back(path)
 
 
+def downsampler(path: Path, kind: str) -> Tree:
+    """Return a learned downsampler."""
+    vae = read_model(embedded_path()).vae_config | SMALL_VAE if kind == "latent" else None
+    write_downsampler(path, Downsampler(DownsamplerConfig(kind, 4, 1, 4, 2, vae=vae)), {"training": "{}"})
+    return read_back(path)
+
+
 def read_back(path: Path) -> Tree:
     """Return tensors and metadata of a safetensors file."""
     file = read_file(path)
@@ -180,7 +189,7 @@ def read_back(path: Path) -> Tree:
 
 
 SUFFIXES = {
-    **dict.fromkeys(("own", "model", "tagger", "kohya", "diffusers", "peft file"), ".safetensors"),
+    **dict.fromkeys(("own", "model", "tagger", "kohya", "diffusers", "peft file", "pixel", "latent"), ".safetensors"),
     "base": ".base",
     **{"hypir": ".pth", "osediff": ".pkl", "pisa": ".pkl", "invsr": ".pth", "cfw": ".pt", "peft": "", "omgsr": ""},
 }
@@ -198,6 +207,8 @@ def whole_files(scratch: Path) -> dict[str, Tree]:
         "own": own(scratch / "own.safetensors"),
         "model": model(scratch / "model.safetensors"),
         "tagger": tagger(scratch / "tagger.safetensors"),
+        "pixel": downsampler(scratch / "pixel.safetensors", "pixel"),
+        "latent": downsampler(scratch / "latent.safetensors", "latent"),
         "kohya": kohya(),
         "diffusers": diffusers(),
         "peft file": peft(UNET)["adapter_model.safetensors"],
@@ -255,6 +266,9 @@ def read_all_the_way(path: Path) -> None:
         kind = open_safetensors(path).metadata() or {} if path.suffix == ".safetensors" else {}
         if kind.get("format") == dape.TAGGER_FORMAT:
             dape.load_tagger(path).tags(torch.rand(1, 3, 16, 16))
+            return
+        if kind.get("format") == DOWNSAMPLER_FORMAT:
+            load_downsampler(path).degrade(torch.rand(1, 3, 24, 20), 3.0)
             return
         if kind.get("format") == "tudsr-model/1":
             use_model(path)

@@ -84,7 +84,7 @@ def test_the_patch_critic_sees_34_pixels_at_every_place_and_has_norms_of_one(noi
     (logits,) = critic(pictures)
     logits[0, 0, 12, 12].backward()
     seen = pictures.grad.abs().sum((0, 1)).nonzero()
-    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [34, 34]
+    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [42, 42]
     for _ in range(30):
         critic.refresh()
     weights = [module.weight.detach() for module in critic.heads if isinstance(module, torch.nn.Conv2d)]

@@ -1,20 +1,17 @@
 """Both downsamplers: strength, seeds, tiles, factors, styles, and files that are not what they should be."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_run import VAE
 
-from tudsr_core.models.downsampler import (
-    Downsampler,
-    DownsamplerConfig,
-    block_waves,
-    load_downsampler,
-    shrink,
-    write_downsampler,
-)
+from tudsr_core.models.downsampler import Downsampler, DownsamplerConfig, block_waves
+from tudsr_core.models.downsampler_files import load_downsampler, write_downsampler
+from tudsr_core.models.learned_damage import shrink
+from tudsr_core.pictures import gaussian_blur
 from tudsr_core.pictures.tensors import resize
 from tudsr_core.weights.tensor_files import CheckpointError
 
@@ -79,6 +76,17 @@ def test_nothing_beyond_the_reach_has_an_effect(network, noise):
         moved = network(network.condition(sharp), low, maps, code)
     far = (made != moved).any(1)[0].nonzero().max()
     assert 4 <= far <= network.reach
+
+
+def test_what_is_added_keeps_content_and_colour(network, noise):
+    """What a blur leaves of the damage is small beside the damage, unless the network may move colours."""
+    sharp = torch.full((1, 3, 256, 256), 0.5)
+    added = network.degrade(sharp, strength=0.2) - 0.5
+    free = Downsampler(replace(network.config, keeps=False))
+    free.load_state_dict(network.state_dict())
+    moved = free.degrade(sharp, strength=0.2) - 0.5
+    kept, shifted = (float(gaussian_blur(one, 2.0)[..., 16:-16, 16:-16].std() / one.std()) for one in (added, moved))
+    assert float(added.mean().abs()) < 0.02 * float(added.std()) and kept < 0.5 * shifted
 
 
 def test_a_style_gives_the_kind_of_damage_and_the_seed_its_noise(network, noise):
@@ -146,6 +154,7 @@ def test_a_file_makes_the_same_picture(network, noise, tmp_path):
         ({"downsampler": {"kind": "other"}}, "kind is 'other'; it must be one of: pixel, latent"),
         ({"downsampler": {"vae": "x"}}, "no table of settings|none"),
         ({"downsampler": {"more": 1}}, "says more, which this version does not know"),
+        ({"downsampler": {"keeps": 1}}, "keeps is '1', it must be true or false"),
         ({"downsampler": {"kappa": "x"}}, "'kappa' is x, it must be a number"),
     ],
 )

@@ -49,6 +49,15 @@ def check_downsamplers_are_listed_and_make_the_library_s_picture():
     assert torch.equal(run(image, loaded, 3.0, strength=0.0), plain)
 
 
+def check_the_shipped_one_needs_no_file():
+    loader = NODES["TUDSRLoadDownsampler"]
+    assert loader.define_schema().inputs[0].default == "shipped" and loader.validate_inputs("shipped") is True
+    loaded, image = loader.execute("shipped").args[0], picture(1, 90, 70)
+    made = run(image, loaded, 2.0)
+    plain = part("tudsr_core.models").shrink(image.movedim(-1, 1), 2.0).movedim(1, -1)
+    assert made.shape == (1, 45, 35, 3) and (made - plain).std() > 2 / 255
+
+
 def check_the_network_is_managed_and_the_run_can_be_cancelled():
     written()
     loaded = NODES["TUDSRLoadDownsampler"].execute("mine.safetensors").args[0]

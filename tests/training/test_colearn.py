@@ -1,5 +1,6 @@
 """Co-learning in miniature: what each term trains, that nothing else moves, and that stopping changes nothing."""
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import pytest
 import torch
 from command import tudsr
 from PIL import Image
+from plain_stablesr import random_tensors
+from safetensors.torch import save_file
 from small_run import write_pictures, write_small_model
 
+from tudsr_core.backends import load_stablesr_networks
 from tudsr_core.backends.local import load_embedded
+from tudsr_core.methods import StableSROptions, Zoom
 from tudsr_core.methods.plan import Target
 from tudsr_core.methods.two_stage import TwoStage, UpscaleOptions
-from tudsr_core.models.downsampler import load_downsampler
+from tudsr_core.models import load_downsampler
 from tudsr_core.pictures.files import PictureError
 from tudsr_core.pictures.tensors import resize
 from tudsr_core.training.colearn import Colearner
@@ -31,7 +36,7 @@ from tudsr_core.training.colearn_config import (
 )
 from tudsr_core.training.colearn_session import train_colearn
 from tudsr_core.training.colearn_terms import Made
-from tudsr_core.training.config import ConfigError, ModelConfig, RunConfig, parse_toml
+from tudsr_core.training.config import ConfigError, ModelConfig, RunConfig, ValidationConfig, parse_toml
 from tudsr_core.training.state import saved_steps
 from tudsr_core.training.teacher import MethodTeacher
 from tudsr_core.training.trainer import TrainingError
@@ -128,9 +133,15 @@ def test_each_term_trains_what_it_should_and_leaves_the_rest(root, order, weight
 
 
 def shaken(learner):
-    """Give the fresh downsampler, which adds nothing yet, damage: only then do all its weights have a gradient."""
+    """Give the fresh downsampler, which adds nothing yet, damage: only then do all its weights have a gradient.
+
+    And the teacher, which begins as the student, something of its own to teach.
+    """
     rng = torch.Generator().manual_seed(5)
     with torch.no_grad():
+        if learner.networks.teacher is not None:
+            bias = learner.networks.teacher.network.conv_out.bias
+            bias.copy_(torch.randn(bias.shape, generator=rng))
         out = learner.networks.down.conv_out.weight
         out.copy_(torch.randn(out.shape, generator=rng) * 0.05)
     return learner
@@ -261,10 +272,72 @@ def test_multidiffusion_teaches_stable_diffusions_student(root, small_sd):
     config = replace(small(root, downsampler={"kind": "pixel"}, teacher=teacher, phases={"joint": 2}), model=model)
     outcome = train_colearn(config)
     assert [f.name for f in outcome.files] == ["downsampler.safetensors", "adapter", "tudsr-stage-1.safetensors"]
-    with pytest.raises(ConfigError, match="a latent downsampler needs a tudsr-model file"):
+    with pytest.raises(ConfigError, match="a latent downsampler needs a tudsr-model file .*; use kind shared or pixel"):
         Colearner(replace(small(root), model=model))
     with pytest.raises(ConfigError, match="a residual-shift teacher needs a tudsr-model file"):
         Colearner(replace(small(root, downsampler={"kind": "pixel"}), model=model))
+
+
+@pytest.mark.parametrize("order", ["alternating", "joint"])
+def test_student_and_shared_downsampler_learn_on_one_backbone(root, small_sd, order):
+    """The paper's downsampler over SD2.1 in miniature: an adapter each, the backbone once, both commands."""
+    model, run_config = ModelConfig(str(small_sd / "base")), {"gradient_checkpointing": True}
+    down = {"kind": "shared", "rank": 2, "code": 4}
+    phases = {"warm": 1, "real": 1, "joint": 2, "order": order}
+    alone = small(root, "downsampler", downsampler=down, phases=phases, run=run_config)
+    alone = replace(alone, model=model, output=root / "alone")
+    (start,) = train_colearn(alone).files
+    config = small(
+        root,
+        downsampler=down | {"start": start},
+        teacher={"kind": "none"},
+        phases=phases,
+        run=run_config,
+    )
+    learner = Colearner(replace(config, model=model))
+    student, shared = learner.networks.student, learner.networks.down
+    assert shared.networks.unet is student.unet and learner.replayed.networks.unet is student.unet
+    frozen = {name: one.clone() for name, one in student.named_parameters() if not one.requires_grad}
+    before = state(learner)
+    run(learner)
+    assert moved(before, state(learner)) == {"student", "down", "high", "low"}
+    assert all(torch.equal(one, frozen[name]) for name, one in student.named_parameters() if name in frozen)
+    with pytest.raises(ConfigError, match="an adapter of SD2.1-base; with a tudsr-model file use kind latent"):
+        Colearner(small(root, downsampler=down))
+
+
+def test_stablesr_teaches_stable_diffusions_student(root, small_sd, noise):
+    """It teaches what the command makes of a picture, in the student's latents; and a student learns from it."""
+    save_file(random_tensors(), root / "stablesr.safetensors")
+    files = {"base": small_sd / "base", "file": root / "stablesr.safetensors"}
+    for path in (root / "good").iterdir():  # StableSR halves latents three times and needs more than one place then
+        with Image.open(path) as image:
+            image.resize((128, 128)).save(path)
+    config = small(
+        root,
+        data={"size": 128, "batch": 1},
+        downsampler={"kind": "pixel", "learns": False},
+        weights={"cycle": 0.0, "adversarial": 0.0},
+        teacher={"kind": "stablesr", "sampling": 1, **files},
+        phases={"joint": 1},
+    )
+    config = replace(config, model=ModelConfig(str(small_sd / "base")))
+    learner = Colearner(config)
+    student, poor, draws = learner.networks.student, noise(1, 3, 32, 32), [torch.Generator().manual_seed(3)]
+    made = learner.networks.teacher.latents(poor, student.encode(resize(poor, (128, 128)).clamp(0, 1)), draws)
+    seed = int(torch.randint(2**31 - 1, (), generator=torch.Generator().manual_seed(3)))
+    options = StableSROptions()
+    options = replace(options, seed=seed, sample=replace(options.sample, steps=1))
+    upscaler = Zoom(load_stablesr_networks(files["base"], files["file"], device="cpu"), options, _silent)
+    wanted = student.encode(upscaler.run(poor, upscaler.plan((32, 32), Target(scale=4))))
+    assert torch.allclose(made, wanted, atol=1e-5)
+    before = state(learner)
+    run(learner)
+    assert "student" in moved(before, state(learner))
+
+
+def _silent(image, plan, tick):
+    return [("", "")] * len(plan.tiles)
 
 
 def test_pairs_are_crops_of_the_same_place(root):
@@ -285,6 +358,28 @@ def test_pairs_are_crops_of_the_same_place(root):
     Image.new("RGB", (30, 20)).save(root / "pairs" / "0.png")
     with pytest.raises(ConfigError, match="is not a quarter of"):
         Colearner(config)
+
+
+@pytest.mark.parametrize(
+    ("task", "numbers"), [("downsampler", {"damage"}), ("colearn", {"damage", "psnr", "psnr_learned"})]
+)
+def test_held_out_pictures_are_measured_and_shown(root, task, numbers):
+    write_pictures(root / "held-out")
+    config = replace(small(root, task), validation=ValidationConfig(root / "held-out", every=3, count=2))
+    train_colearn(config)
+    lines = [json.loads(line) for line in (config.output / "log.jsonl").read_text("utf-8").splitlines()]
+    found = [line for line in lines if "damage" in line]
+    assert [line["step"] for line in found] == [
+        step for step in range(1, config.steps + 1) if step in (3, config.steps)
+    ]
+    assert all(line.keys() == numbers | {"step"} for line in found)
+    shown = sorted((config.output / "validation" / "step-0000003").iterdir())
+    assert len(shown) == 2
+    with Image.open(shown[0]) as panels:
+        assert panels.size == (3 * 64 + 8, 64)
+    plain = replace(config, output=root / "plain", validation=ValidationConfig())
+    files = train_colearn(plain).files
+    assert all(file.read_bytes()[-1000:] == (config.output / file.name).read_bytes()[-1000:] for file in files)
 
 
 def test_folders_that_cannot_be_meant_are_refused(root):

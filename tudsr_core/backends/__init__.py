@@ -7,7 +7,7 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
-    local="AdapterOptions load_embedded load_sd2 load_sd21 pick_device",
+    local="AdapterOptions load_embedded load_sd2 load_sd21 load_shared_networks pick_device",
     stablesr="StableSRNetworks load_stablesr_networks",
     sd21="TEXT_PREFIXES UNET_PREFIX VAE_PREFIX",
 )

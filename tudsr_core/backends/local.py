@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..diffusion import scaled_linear
 from ..methods import Encoded, NoisePredictor, Predict, Stage, StageLimits, TwoStageModel
-from ..models import build_predictor, load_networks
+from ..models import SharedNetworks, build_predictor, load_networks
 from ..tiling import NetworkFacts, Tile
 from ..vae import ComputeTarget, Fusions, TiledVAE, VAECallables, fused_levels
 from ..weights import DTYPES, Adapter, LoRAMerger, WeightDelta, embedded_path, read_adapter, read_model
@@ -275,6 +275,13 @@ def load_sd21(
     backbone.unet_merger.keep = len(stages[0].branches) > 1
     largest = adapters[0].about.first_max
     return TwoStageModel(stages[0], None, StageLimits(first_max=largest, single_up_to=largest))
+
+
+def load_shared_networks(base: Path, device: str = "auto") -> SharedNetworks:
+    """Return a Stable Diffusion model as a shared downsampler looks at it, in float32. Raises CheckpointError."""
+    networks = load_sd2(base, device)
+    backbone = networks.backbone
+    return SharedNetworks(backbone.unet, backbone.vae, networks.condition("").float().clone())
 
 
 def load_sd2(base: Path, device: str = "auto", dtype: str = "fp32", tokenizer: Path | None = None) -> LocalNetworks:

@@ -35,7 +35,11 @@ def degrade(
     inputs: Inputs,
     output: OutputOption,
     downsampler: Annotated[
-        Path | None, typer.Option(**PATH, help="A file of tudsr train downsampler, or of tudsr train colearn.")
+        Path | None,
+        typer.Option(**PATH, help="A file of tudsr train downsampler or colearn; without it, the shipped one."),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(**PATH, help="SD2.1-base, for a downsampler of kind shared, which is its adapter.")
     ] = None,
     recipe: Annotated[
         RecipeName | None, typer.Option(help="Instead: the classical damage, with these published ranges.")
@@ -54,27 +58,31 @@ def degrade(
     force: ForceOption = False,
     max_megapixels: MegapixelsOption = None,
 ) -> None:
-    """Make good pictures small and poor: tudsr degrade photos/ -o poor/ --downsampler mine.safetensors"""
-    from ..backends import pick_device
+    """Make good pictures small and poor: tudsr degrade photos/ -o poor/ --seed 3"""
+    from ..backends import load_shared_networks, pick_device
     from ..batch import Output, Work, describe_run, plan_jobs
     from ..degrading import Classical, Degrader, Learned, beside
     from ..methods import Target
+    from ..models import downsampler_path
     from ..pictures import FORMATS
 
-    if (downsampler is None) == (recipe is None):
-        raise ValueError("give either --downsampler with a file, or --recipe with omgsr or real-esrgan")
+    if downsampler and recipe:
+        raise ValueError("--downsampler is learned damage and --recipe classical; leave one of them out")
     if not 1 <= factor <= 8:
         raise ValueError(f"--factor {factor:g} must be from 1 to 8")
-    if recipe and (strength is not None or style):
-        raise ValueError("--strength and --style belong to --downsampler; leave them out with --recipe")
+    if recipe and (strength is not None or style or base):
+        raise ValueError("--strength, --style and --base belong to learned damage; leave them out with --recipe")
     # PNG unless asked for: another JPEG would be damage that nobody has learned.
     lossless = None if output.suffix.lower() in FORMATS and not output.is_dir() else ".png"
     jobs = plan_jobs(inputs, output, f".{suffix.value}" if suffix else lossless)
     if recipe:
-        damage = Classical(recipe.value, factor)
+        damage: Classical | Learned = Classical(recipe.value, factor)
     else:
-        damage = Learned(downsampler, factor, 1.0 if strength is None else strength, style)
-        damage.network.to(pick_device(device.value))
+        downsampler = downsampler or downsampler_path()
+        on = pick_device(device.value)
+        networks = base and load_shared_networks(base, str(on))
+        damage = Learned(downsampler, factor, 1.0 if strength is None else strength, style, networks)
+        damage.network.to(on)
     jobs = [replace(job, also=(beside(job.output),)) for job in jobs]
     seeds = {job.output: seed + number for number, job in enumerate(jobs)}
     written = Output(8, quality, force, max_megapixels, rgb=True)

@@ -8,7 +8,15 @@ from torch import nn
 
 from ..backends import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from ..diffusion import OneStep
-from ..models import DOWNSAMPLER_FORMAT, TAGGER_FORMAT, load_downsampler, load_stablesr, load_tagger, load_wrapping
+from ..models import (
+    DOWNSAMPLER_FORMAT,
+    TAGGER_FORMAT,
+    kind_of,
+    load_downsampler,
+    load_stablesr,
+    load_tagger,
+    load_wrapping,
+)
 from ..weights import (
     MODEL_FORMAT,
     OWN_TITLE,
@@ -83,6 +91,8 @@ def _single(path: Path) -> Lines:
         if metadata.get("format") == TAGGER_FORMAT:
             return [("kind", f"tagger of {len(load_tagger(path).labels):,} tags (RAM, DAPE)")]
         if metadata.get("format") == DOWNSAMPLER_FORMAT:
+            if kind_of(path) == "shared":
+                return [("kind", "learned downsampler (an adapter of SD2.1-base's UNet; tudsr degrade --base)")]
             network = load_downsampler(path)
             sees = {"pixel": "pixels alone", "latent": "one diffusion step on latents"}[network.config.kind]
             return [("kind", f"learned downsampler ({sees})"), _size(network)]

@@ -10,9 +10,12 @@ __all__, __getattr__ = public_names(
     cfw="FeatureWrapping load_wrapping",
     dape="RAM_FILE TAGGER_FORMAT load_tagger write_tagger",
     discriminator="Discriminator PatchCritic",
-    downsampler="DOWNSAMPLER_FORMAT Downsampler DownsamplerConfig load_downsampler on_sphere shrink write_downsampler",
+    downsampler="Downsampler DownsamplerConfig",
+    downsampler_files="DOWNSAMPLER_FORMAT downsampler_path kind_of load_downsampler write_downsampler",
     embedded="AutoencoderDC UNet load_networks make_unet make_vae",
     features="EXTRACTORS Features load_features",
     invsr="build_predictor",
+    learned_damage="LearnedDamage on_sphere shrink",
+    shared_downsampler="SharedConfig SharedDownsampler SharedNetworks checkpoint_as_worn",
     stablesr="PLACES StableSR load_stablesr",
 )

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ..pictures import gaussian_blur
 from .features import Features
 
 BINOMIAL = ((1, 3, 3, 1), (3, 9, 9, 3), (3, 9, 9, 3), (1, 3, 3, 1))
 LEAST_WIDTH, USUAL_BLOCKS = 96, 3
+BLUR, COARSE_GAIN, FINE_GAIN = 1.0, 0.15, 4.0  # sigma in pixels, and what a PatchCritic sees of both parts
 
 
 class BlurPool(nn.Module):
@@ -76,18 +78,19 @@ class Discriminator(nn.Module):
 
 
 class PatchCritic(nn.Module):
-    """Logits `B 1 h w` of patches of 34 x 34 pixels, for small pictures `B 3 H W` in -1..1 of any size from 16 up.
+    """Logits `B 1 h w` of patches of 42 x 42 pixels, for small pictures `B 3 H W` in -1..1 of any size from 16 up.
 
     A PatchGAN (Isola et al. 2017) whose first layers keep the size: noise and the edges of JPEG's blocks, which are
-    what it has to tell apart, lie in single pixels. Pictures are never resized for it. Spectral norms as in
-    `Discriminator`.
+    what it has to tell apart, lie in single pixels. Pictures are never resized for it. It sees the picture at half
+    its contrast, and what a blur takes from it at four times that: noise is small beside content, spectral norms allow
+    no gain, and what good and poor folders happen to show must not count. Spectral norms as in `Discriminator`.
     """
 
     LAYERS = ((3, 1, 1), (3, 1, 1), (4, 2, 2), (3, 1, 2), (4, 2, 4), (3, 1, 4))  # kernel, stride, times the width
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        layers, before = [], 3
+        layers, before = [], 6
         for kernel, stride, times in self.LAYERS:
             convolution = nn.Conv2d(before, width * times, kernel, stride, 1)
             layers += [spectral_norm(convolution), nn.LeakyReLU(0.2)]
@@ -101,7 +104,8 @@ class PatchCritic(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         """Return the logits, as a list of one."""
-        return [self.heads(pictures)]
+        fine = pictures - gaussian_blur(pictures, BLUR)
+        return [self.heads(torch.cat([pictures * COARSE_GAIN, fine * FINE_GAIN], 1))]
 
     def refresh(self) -> None:
         """Take one power iteration for every spectral norm."""

@@ -10,31 +10,22 @@ the good picture to that grid first.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pictures import resize
-from ..untrusted import Fields, parse_json, shown
-from ..weights import CheckpointError, read_file, write_file
+from ..pictures import gaussian_blur
+from ..untrusted import shown
 from .embedded import RMSNorm, make_vae
-from .fill_weights import fill
+from .learned_damage import GRID, LearnedDamage, on_sphere
 
-DOWNSAMPLER_FORMAT = "tudsr-downsampler/1"
 KINDS = ("pixel", "latent")
-GRID = 4  # good pixels for a poor one, a side
-LEAST_FACTOR, MOST_FACTOR, MOST_STRENGTH = 1.0, 8.0, 1.5
-TILE = 256  # poor pixels a side, without the surroundings that are computed with them
+KEPT_SIGMA = 2.0  # of the blur that says what content and colour are, in poor pixels
 PERIODS = (8, 16)  # of JPEG's blocks, and of those of its halved colour
-STYLE_SIDE = 512  # of the middle of a style picture, which is all that is looked at
-
-Tick = Callable[[int, int, object], None]
+WAVES = 0.25  # small: a pattern of place is easier to make than noise, and looks like stripes
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,8 @@ class DownsamplerConfig:
     `width` channels in `blocks` residual blocks; a code of `code` numbers says which kind of damage; "pixel" draws
     `maps` maps of noise (of "latent", noise is the three channels that it begins with). `vae` is the config of
     the autoencoder whose encoder "latent" sees by. The noise that "latent" begins with is ResShift's:
-    `kappa` times `root`, the published kappa sqrt(eta_T) of 2 x 0.99.
+    `kappa` times `root`, the published kappa sqrt(eta_T) of 2 x 0.99. With `keeps` nothing that a blur of sigma 2
+    leaves is added: content and colour stay, and only what is finer is damaged.
     """
 
     kind: str = "pixel"
@@ -54,6 +46,7 @@ class DownsamplerConfig:
     maps: int = 4
     kappa: float = 2.0
     root: float = 0.99
+    keeps: bool = True
     vae: dict | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +55,8 @@ class DownsamplerConfig:
         for name, most in (("width", 512), ("blocks", 64), ("code", 256), ("maps", 64)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} {getattr(self, name)} must be from 1 to {most}")
+        if not isinstance(self.keeps, bool):
+            raise ValueError(f"keeps is {shown(self.keeps)!r}, it must be true or false")
         if (self.kind == "latent") != (self.vae is not None):
             raise ValueError("kind latent needs the config of an autoencoder, and pixel none")
 
@@ -103,12 +98,7 @@ class StyleEncoder(nn.Module):
         return on_sphere(self.out(self.layers(picture * 2 - 1).mean((2, 3))))
 
 
-def on_sphere(code: Tensor) -> Tensor:
-    """Return codes `B D` of length sqrt(D), that of a drawn one: so drawn and encoded codes lie in one place."""
-    return F.normalize(code, dim=1) * code.shape[1] ** 0.5
-
-
-class Downsampler(nn.Module):
+class Downsampler(LearnedDamage):
     """One network of either kind, with the encoder of styles that was trained with it."""
 
     def __init__(self, config: DownsamplerConfig) -> None:
@@ -137,7 +127,7 @@ class Downsampler(nn.Module):
     @property
     def reach(self) -> int:
         """How many poor pixels away anything can have an effect, at most."""
-        own = 2 + 2 * len(self.blocks)
+        own = 2 + 2 * len(self.blocks) + (round(4 * KEPT_SIGMA) if self.config.keeps else 0)
         if self.encoder is None:
             return own
         return own + sum(isinstance(module, nn.Conv2d) for module in self.encoder.modules())
@@ -172,139 +162,16 @@ class Downsampler(nn.Module):
         x = self.conv_in(torch.cat([condition, start, waves], 1))
         for block in self.blocks:
             x = block(x, code, noise)
-        return self.conv_out(x)
-
-    @torch.no_grad()
-    def degrade(
-        self,
-        sharp: Tensor,
-        factor: float = 4.0,
-        seed: int = 0,
-        strength: float = 1.0,
-        style: Tensor | None = None,
-        tile: int = TILE,
-        tick: Tick | None = None,
-    ) -> Tensor:
-        """Return pictures `B 3 h w`, 0..1, with sides `round(H / factor)`, of good ones `B 3 H W`, 0..1.
-
-        Picture n of a batch has the seed after the one before it, as everywhere here. `style` is a bad picture
-        `1 3 h w` whose kind of damage is taken; without it a kind is drawn. `strength` multiplies the damage;
-        at 0 this is `shrink`. Noise is drawn for the whole picture on the CPU and cut, and tiles of `tile` poor
-        pixels see all that can have an effect: the result does not depend on `tile` but for rounding. `tick` is
-        told of every tile. Raises ValueError for a factor or strength that is out of range.
-        """
-        if not 0 <= strength <= MOST_STRENGTH:
-            raise ValueError(f"strength {strength:g} must be from 0 to {MOST_STRENGTH:g}")
-        base = shrink(sharp, factor)
-        if strength == 0:
-            return base
-        size, device = tuple(base.shape[-2:]), self.conv_out.weight.device
-        large = resize(sharp, tuple(side * GRID for side in size)).clamp(0, 1)
-        parts = boxes(size, tile, self.reach)
-        for number in range(len(sharp)):
-            noise, code = self.draw(size, seed + number)
-            if style is not None:
-                code = self.style(middle(style[:1, :3], STYLE_SIDE).to(device))
-            one, result = base[number : number + 1].clone(), base[number : number + 1]
-            for done, part in enumerate(parts, 1 + number * len(parts)):
-                moved = (x[part.seen].to(device) for x in (one, noise))
-                seen = self.condition(large[number : number + 1][part.large].to(device))
-                added = self(seen, *moved, code.to(device), part.place)[part.kept]
-                result[part.made] += strength * added.to(base)
-                if tick:
-                    tick(done, len(parts) * len(sharp), None)
-        return base.clamp(0, 1)
-
-    def draw(self, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-        """Return noise `1 K h w` for a whole poor picture and a code `1 D`, drawn from `seed` on the CPU."""
-        rng = torch.Generator().manual_seed(seed)
-        code = on_sphere(torch.randn(1, self.config.code, generator=rng))
-        return torch.randn(1, self.noise_channels, *size, generator=rng), code
-
-
-def shrink(sharp: Tensor, factor: float) -> Tensor:
-    """Return the antialiased bicubic downscale of `B 3 H W`, clamped to 0..1; sides are `round(side / factor)`."""
-    if not LEAST_FACTOR <= factor <= MOST_FACTOR:
-        raise ValueError(f"factor {factor:g} must be from {LEAST_FACTOR:g} to {MOST_FACTOR:g}")
-    return resize(sharp, tuple(max(1, round(side / factor)) for side in sharp.shape[-2:])).clamp(0, 1)
-
-
-def middle(picture: Tensor, side: int) -> Tensor:
-    """Return the middle of `B C H W`, at most `side` a side."""
-    top, left = (max(0, have - side) // 2 for have in picture.shape[-2:])
-    return picture[..., top : top + side, left : left + side]
+        added = self.conv_out(x)
+        return added - gaussian_blur(added, KEPT_SIGMA) if self.config.keeps else added
 
 
 def block_waves(size: tuple[int, int], place: tuple[int, int]) -> Tensor:
-    """Return `1 8 h w`: cosine and sine of where in a block of JPEG each row and each column lies."""
+    """Return `1 8 h w`: cosine and sine, times WAVES, of where in a block of JPEG each row and each column lies."""
     waves = []
     for period in PERIODS:
         for axis, (side, begin) in enumerate(zip(size, place, strict=True)):
             angle = (torch.arange(side) + begin) % period * (2 * math.pi / period)
             shape = (side, 1) if axis == 0 else (1, side)
             waves += [wave.view(shape).expand(size) for wave in (angle.cos(), angle.sin())]
-    return torch.stack(waves)[None]
-
-
-@dataclass(frozen=True)
-class Box:
-    """One tile: what of the poor picture it sees, what of the good one, what it makes, and where that lies in it."""
-
-    seen: tuple
-    large: tuple
-    made: tuple
-    kept: tuple
-    place: tuple[int, int]
-
-
-def boxes(size: tuple[int, int], tile: int, reach: int) -> list[Box]:
-    """Return the tiles of a poor picture of `size`; raises ValueError for a tile below 1."""
-    if tile < 1:
-        raise ValueError(f"tile {tile} must be 1 or more")
-    rows, columns = ([(start, min(start + tile, side)) for start in range(0, side, tile)] for side in size)
-    found = []
-    for made in ((row, column) for row in rows for column in columns):
-        seen = [(max(0, a - reach), min(side, b + reach)) for (a, b), side in zip(made, size, strict=True)]
-        kept = [(a - begin, b - begin) for (a, b), (begin, _) in zip(made, seen, strict=True)]
-        large = [(a * GRID, b * GRID) for a, b in seen]
-        spans = ((..., *(slice(a, b) for a, b in span)) for span in (seen, large, made, kept))
-        found.append(Box(*spans, tuple(begin for begin, _ in seen)))
-    return found
-
-
-def write_downsampler(path: Path, network: Downsampler, notes: Mapping[str, str] | None = None) -> None:
-    """Write one float16 safetensors file, atomically; `notes` are metadata for people, such as how it was trained."""
-    tensors = {key: value.detach().half().cpu() for key, value in network.state_dict().items()}
-    write_file(
-        path,
-        tensors,
-        {**(notes or {}), "format": DOWNSAMPLER_FORMAT, "downsampler": json.dumps(asdict(network.config))},
-    )
-
-
-def load_downsampler(path: Path) -> Downsampler:
-    """Return the network of a file, float32 on the CPU, frozen; raises CheckpointError that says what is wrong."""
-    file = read_file(path)
-    if file.metadata.get("format") != DOWNSAMPLER_FORMAT:
-        said = shown(file.metadata.get("format", "nothing"))
-        raise CheckpointError(
-            f"{path} is no downsampler (its metadata says {said}); choose a file that tudsr train has written as one"
-        )
-    where = f"the metadata of {path}"
-    fields = Fields(
-        parse_json(file.metadata.get("downsampler", "null"), where, CheckpointError), where, CheckpointError
-    )
-    fields.only(*DownsamplerConfig.__dataclass_fields__)
-    try:
-        config = DownsamplerConfig(
-            fields.text("kind"),
-            *(fields.whole(name) for name in ("width", "blocks", "code", "maps")),
-            fields.number("kappa", least=0, most=100),
-            fields.number("root", least=0, most=1),
-            fields.values.get("vae"),
-        )
-        with torch.device("meta"):
-            network = Downsampler(config)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: {error}; get the file again, or update this pack") from error
-    return fill(network, file.tensors, path, "the downsampler of its config", "get the file again")
+    return WAVES * torch.stack(waves)[None]

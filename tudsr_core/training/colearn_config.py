@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..pictures import RECIPES
-from .config import ConfigError, LoraConfig, ModelConfig, RunConfig, found_base, parse_toml, plain_values, read_sections
+from .config import (
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    ValidationConfig,
+    found_base,
+    parse_toml,
+    plain_values,
+    read_sections,
+)
 
 PAIRS = ("clean", *RECIPES)
 
@@ -54,23 +64,32 @@ class PairsConfig:
 class DownConfig:
     """The downsampler: "latent" is the paper's single diffusion step, "pixel" the control without diffusion.
 
+    "shared" is the paper's over SD2.1: the student's frozen UNet with an adapter of `rank` of its own.
+    `keeps` (not of "shared"): nothing is added that a blur of sigma 2 leaves, safeguard c as a construction. The loss
+    `low_frequency` alone leaves shifts of some steps of 8 bit, which a student then learns to undo; off for
+    damage that is one of colours.
     `start` is a file to go on from, such as the one that `tudsr train downsampler` has written; its own sizes
     then count. `learns` off keeps it as it is while the student learns from it. Half of the codes are drawn
     (`drop`), so that it works with and without a style.
     """
 
-    kind: Literal["latent", "pixel"] = "latent"
+    kind: Literal["latent", "pixel", "shared"] = "latent"
     width: int = 48
     blocks: int = 6
     code: int = 16
     maps: int = 4
+    rank: int = 16
+    keeps: bool = True
     start: Path | None = None
     learns: bool = True
     drop: float = 0.5
 
     def __post_init__(self) -> None:
         _check(0 <= self.drop <= 1, f"drop {self.drop:g} must be from 0 to 1")
-        _check(self.width > 0 and self.blocks > 0 and self.code > 0 and self.maps > 0, "sizes must be above 0")
+        _check(
+            self.width > 0 and self.blocks > 0 and self.code > 0 and self.maps > 0 and self.rank > 0,
+            "sizes must be above 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -229,6 +248,7 @@ class ColearnConfig:
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     optimizer: RatesConfig = field(default_factory=RatesConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     @property
     def needs_poor(self) -> bool:

@@ -6,10 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..diffusion import from_noise_level
-from ..models import Discriminator, Downsampler, DownsamplerConfig, PatchCritic, load_downsampler, load_features
+from ..models import (
+    Discriminator,
+    Downsampler,
+    DownsamplerConfig,
+    LearnedDamage,
+    PatchCritic,
+    SharedConfig,
+    SharedDownsampler,
+    SharedNetworks,
+    load_downsampler,
+    load_features,
+)
 from ..weights import ModelFile, embedded_path, read_model
 from .colearn_config import ColearnConfig
 from .config import EMBEDDED, ConfigError, ModelConfig
@@ -24,7 +35,7 @@ class Networks:
     `down` is the downsampler, `high` is D_H (good pictures) and `low` is D_L (poor ones).
     """
 
-    down: Downsampler
+    down: LearnedDamage
     student: Restorer | None = None
     teacher: Teacher | None = None
     high: Discriminator | None = None
@@ -49,7 +60,8 @@ def base_file(model: ModelConfig) -> ModelFile:
 
 def build_networks(config: ColearnConfig, device: torch.device) -> Networks:
     """Return the networks of the task, on `device`. Raises ConfigError and CheckpointError."""
-    networks = Networks(build_down(config).to(device))
+    student = build_student(config).to(device) if config.task == "colearn" else None
+    networks = Networks(build_down(config, student, device).to(device), student)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed + 1)
         if config.downsampler.learns and config.weights.down_adversarial:
@@ -58,37 +70,61 @@ def build_networks(config: ColearnConfig, device: torch.device) -> Networks:
             features = load_features(config.critics.features, config.critics.weights)
             networks.high = Discriminator(features, config.data.size).to(device)
     if config.task == "colearn":
-        networks.student = build_student(config).to(device)
-        networks.teacher = build_teacher(config, networks.student, device)
+        networks.teacher = build_teacher(config, student, device)
     return networks
 
 
-def build_down(config: ColearnConfig) -> Downsampler:
-    """Return the downsampler: that of `start`, or a fresh one, whose encoder is the base's own."""
-    own, model = config.downsampler, config.model
-    if own.start is not None:
-        network = load_downsampler(own.start)
-    else:
-        file = None
-        if own.kind == "latent":
-            if not is_model_file(model.base):
-                raise ConfigError(
-                    f"a latent downsampler needs a tudsr-model file or 'embedded' as base, not {model.base}; "
-                    "use kind pixel"
-                )
-            file = base_file(model)
-        sizes = DownsamplerConfig(own.kind, own.width, own.blocks, own.code, own.maps, vae=file and file.vae_config)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            network = Downsampler(sizes)
-        if file is not None:
-            part = "encoder."
-            weights = {key.removeprefix(part): one.float() for key, one in file.vae.items() if key.startswith(part)}
-            network.encoder.load_state_dict(weights)
+def build_down(config: ColearnConfig, student: Restorer | None, device: torch.device) -> LearnedDamage:
+    """Return the downsampler: that of `start`, or a fresh one.
+
+    The encoder of a latent one is the base's own; a shared one is an adapter of the networks of the `student`,
+    or of the base where there is none. Raises ConfigError and CheckpointError.
+    """
+    own = config.downsampler
+    backbone = _backbone(config, student, device) if own.kind == "shared" else None
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if own.start is not None:
+            network = load_downsampler(own.start, backbone)
+        elif backbone is not None:
+            sizes = SharedConfig(rank=own.rank, code=own.code, timestep=config.model.timestep)
+            network = SharedDownsampler(sizes, backbone)
+        else:
+            network = _alone(config)
     network.requires_grad_(own.learns)
-    if network.encoder is not None:
+    if getattr(network, "encoder", None) is not None:
         network.encoder.requires_grad_(False)
     return network.eval()
+
+
+def _alone(config: ColearnConfig) -> Downsampler:
+    own, model, file = config.downsampler, config.model, None
+    if own.kind == "latent":
+        if not is_model_file(model.base):
+            raise ConfigError(
+                f"a latent downsampler needs a tudsr-model file or 'embedded' as base, not {model.base}; "
+                "use kind shared or pixel"
+            )
+        file = base_file(model)
+    network = Downsampler(
+        DownsamplerConfig(
+            own.kind, own.width, own.blocks, own.code, own.maps, keeps=own.keeps, vae=file and file.vae_config
+        )
+    )
+    if file is not None:
+        part = "encoder."
+        weights = {key.removeprefix(part): one.float() for key, one in file.vae.items() if key.startswith(part)}
+        network.encoder.load_state_dict(weights)
+    return network
+
+
+def _backbone(config: ColearnConfig, student: Restorer | None, device: torch.device) -> SharedNetworks:
+    if is_model_file(config.model.base):
+        raise ConfigError("a shared downsampler is an adapter of SD2.1-base; with a tudsr-model file use kind latent")
+    if student is None:
+        student = _restorer(config, *load_base(config.model, config.run.base_precision)).requires_grad_(False)
+    student.to(device)
+    return SharedNetworks(student.unet, student.vae, student.text)
 
 
 def build_student(config: ColearnConfig) -> Restorer:
@@ -101,6 +137,10 @@ def build_student(config: ColearnConfig) -> Restorer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             unet = add_lora(unet, config.lora)
+    return _restorer(config, vae, unet, text)
+
+
+def _restorer(config: ColearnConfig, vae: nn.Module, unet: nn.Module, text: Tensor) -> Restorer:
     network = Restorer(vae, unet, text, from_noise_level(config.model.timestep), config.model.posterior)
     if config.run.gradient_checkpointing:
         network.save_memory()
@@ -118,6 +158,6 @@ def build_teacher(config: ColearnConfig, student: Restorer, device: torch.device
         raise ConfigError(
             "a residual-shift teacher needs a tudsr-model file or 'embedded' as base; use teacher zoom or stablesr"
         )
-    teacher = build_chain(own, student, config.seed + 2)
+    teacher = build_chain(own, student)
     teacher.network.to(device).requires_grad_(True)
     return teacher

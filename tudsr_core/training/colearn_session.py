@@ -13,6 +13,7 @@ from ..weights import write_model
 from .colearn import Colearner
 from .colearn_config import ColearnConfig
 from .colearn_networks import base_file
+from .colearn_validation import read_held_out_middles, validate_colearn
 from .config import ConfigError
 from .export import export
 from .networks import is_model_file
@@ -38,6 +39,7 @@ def train_colearn(
     if saved_steps(config) and not resume:
         raise ConfigError(f"{config.output} holds a training already; add --resume, or choose another output")
     learner = Colearner(config)
+    pictures = read_held_out_middles(learner)
     started(learner.resume() if resume else 0)
     journal = Log(config)
 
@@ -45,7 +47,12 @@ def train_colearn(
         journal.write(step, numbers)
         report(step, numbers)
 
-    finished = learner.run(note)
+    def after_step(step: int) -> None:
+        if pictures and (step % config.validation.every == 0 or step == config.steps):
+            folder = config.output / "validation" / f"step-{step:07d}"
+            journal.write(step, validate_colearn(learner, pictures, folder))
+
+    finished = learner.run(note, after_step)
     journal.close()
     with learner.averaged():
         files = write_results(learner)

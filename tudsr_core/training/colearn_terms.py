@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import Downsampler, shrink
+from ..models import LearnedDamage, shrink
 from .colearn_config import ColearnConfig
 from .colearn_losses import (
     diversity,
@@ -59,7 +59,7 @@ class Judge:
         noise, code = (torch.cat(parts).to(like) for parts in zip(*each, strict=True))
         return noise, code
 
-    def pairs(self, sample: Sample, from_down: Downsampler) -> Tensor:
+    def pairs(self, sample: Sample, from_down: LearnedDamage) -> Tensor:
         """Return the student's inputs, without gradient: classical, else real pairs, else what `from_down` makes."""
         if sample.classical.all():
             return sample.damaged
@@ -174,7 +174,7 @@ class Judge:
         return torch.where(torch.tensor(dropped).to(poor.device)[:, None], drawn, self.networks.down.style(poor))
 
 
-def make_poor(down: Downsampler, good: Tensor, noise: Tensor, code: Tensor) -> Tensor:
+def make_poor(down: LearnedDamage, good: Tensor, noise: Tensor, code: Tensor) -> Tensor:
     """Return what `down` makes of good pictures at strength 1, with a gradient, 0..1."""
     base = shrink(good, FACTOR)
     return (base + down(down.condition(good), base, noise, code)).clamp(0, 1)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backends import load_embedded, load_sd2
 from ..diffusion import OneStep, from_noise_level
+from ..models import checkpoint_as_worn
 from ..weights import MODEL_FORMAT, Adapter, LoRAMerger, open_safetensors, read_adapter
 from .config import EMBEDDED, ConfigError, LoraConfig, ModelConfig, TrainingConfig
 
@@ -72,7 +73,7 @@ class Restorer(nn.Module):
             self.checkpointing = True
             return
         for network in networks:
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(checkpoint_as_worn)
 
 
 def is_model_file(base: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import load_sd2, load_stablesr_networks
-from ..diffusion import ResidualShift, shift_schedule
+from ..diffusion import OneStep, ResidualShift, shift_schedule
 from ..methods import SampleOptions, StableSROptions, Target, Upscaler, Zoom, ZoomOptions
 from ..models import make_unet
 from .colearn_config import TeacherConfig
@@ -29,17 +29,22 @@ class Teacher(Protocol):
 
 
 class ChainTeacher:
-    """A small ResShift on latents: a UNet that sees x_i and the condition z, and the chain over it."""
+    """A small ResShift on latents: a UNet that sees x_i and the condition z, and the chain over it.
 
-    def __init__(self, network: nn.Module, text: Tensor, shift: ResidualShift) -> None:
-        self.network, self.text, self.shift = network, text, shift
+    What the UNet says is read as the student's is, an eps of z: so a copy of the student begins as good as it is.
+    """
+
+    def __init__(self, network: nn.Module, text: Tensor, step: OneStep, shift: ResidualShift) -> None:
+        self.network, self.text, self.step, self.shift = network, text, step, shift
 
     def predict(self, z: Tensor) -> Predict:
         """Return the network as it sees the poor latents `z`."""
         text = self.text.expand(len(z), -1, -1)
 
         def at(x: Tensor, index: int) -> Tensor:
-            return self.network(torch.cat([x, z], 1), index, encoder_hidden_states=text).sample.float()
+            # Near the one timestep that the copied weights know, and yet another for each index.
+            eps = self.network(torch.cat([x, z], 1), self.step.t + index, encoder_hidden_states=text).sample
+            return self.step.finish(z, eps.float())
 
         return at
 
@@ -79,8 +84,11 @@ def drawn_like(z: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
     return torch.stack([torch.randn(one.shape, generator=rng) for one, rng in zip(z, draws, strict=True)]).to(z)
 
 
-def build_chain(config: TeacherConfig, student: Restorer, seed: int) -> ChainTeacher:
-    """Return an untrained chain on the latents of the embedded model, its UNet like the student's but for its input."""
+def build_chain(config: TeacherConfig, student: Restorer) -> ChainTeacher:
+    """Return a chain on the latents of the embedded model that begins as the student, blind for x_i.
+
+    (SinSR copies the teacher into the student; here the student is what has been trained already.)
+    """
     settings = vars(student.unet.config)
     latents = settings["in_channels"]
     levels = len(settings["block_out_channels"])
@@ -92,10 +100,13 @@ def build_chain(config: TeacherConfig, student: Restorer, seed: int) -> ChainTea
         "mid_block_type": "UNetMidBlock2D",
         "up_block_types": ["UpBlock2D"] * levels,
     }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = make_unet(own, "the teacher")
-    return ChainTeacher(network, student.text, shift_schedule(config.chain, config.least, config.kappa, config.power))
+    network = make_unet(own, "the teacher")
+    weights = {name: one.detach().clone() for name, one in student.unet.state_dict().items()}
+    seen = weights["conv_in.weight"]
+    weights["conv_in.weight"] = torch.cat([torch.zeros_like(seen), seen], 1)
+    network.load_state_dict(weights)
+    shift = shift_schedule(config.chain, config.least, config.kappa, config.power)
+    return ChainTeacher(network, student.text, student.step, shift)
 
 
 def build_method(config: TeacherConfig, student: Restorer, device: str) -> MethodTeacher:

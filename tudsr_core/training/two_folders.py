@@ -101,7 +101,7 @@ class TwoFolders(Numbered):
         if self.config.flip and not self.partners and rng.random() < 0.5:
             good = good.flip(-1)
         classical = bool(rng.random() < self.config.classical)
-        return number, good[0], self._damaged(good, rng)[0], None if poor is None else poor[0], classical
+        return number, good[0], self.damaged(good, rng)[0], None if poor is None else poor[0], classical
 
     def _chosen(self, files: Sequence[Path], number: int, kind: int = 0) -> Path:
         epoch, place = divmod(number, len(files))
@@ -113,7 +113,8 @@ class TwoFolders(Numbered):
         cut = (..., slice(top * FACTOR, (top + side) * FACTOR), slice(left * FACTOR, (left + side) * FACTOR))
         return good[cut], poor[..., top : top + side, left : left + side]
 
-    def _damaged(self, good: Tensor, rng: np.random.Generator) -> Tensor:
+    def damaged(self, good: Tensor, rng: np.random.Generator) -> Tensor:
+        """Return the classical damage of `1 3 S S`, drawn from `rng`."""
         if self.config.degradation == "clean":
             return clean(good, FACTOR)
         return degrade(good, sample_degradation(rng, RECIPES[self.config.degradation], FACTOR))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..evaluation import psnr_y, seam_score
 from ..pictures import Picture, pad_to, read_picture, write_picture
-from .config import ConfigError, TrainingConfig
+from .config import ConfigError, TrainingConfig, ValidationConfig
 from .samples import VALIDATION, find_pictures, make_low, rng_of
 from .stages import enlarge, join, split
 from .trainer import Trainer
@@ -20,12 +20,16 @@ GAP = 4  # pixels between the panels
 
 def read_validation(config: TrainingConfig) -> dict[str, Tensor]:
     """Return `{name: 1 3 S S}`: the middles of the first pictures of the validation folder; {} without one."""
-    if config.validation.folder is None:
+    return read_middles(config.validation, config.data.size * config.data.chunks)
+
+
+def read_middles(config: ValidationConfig, side: int) -> dict[str, Tensor]:
+    """Return `{name: 1 3 side side}`: the middles of the first pictures of the folder; {} without one."""
+    if config.folder is None:
         return {}
-    files = find_pictures(config.validation.folder)[: config.validation.count]
+    files = find_pictures(config.folder)[: config.count]
     if len({file.stem for file in files}) < len(files):
-        raise ConfigError(f"pictures of {config.validation.folder} have the same name; rename one")
-    side = config.data.size * config.data.chunks
+        raise ConfigError(f"pictures of {config.folder} have the same name; rename one")
     return {file.stem: _middle(read_picture(file).pixels[:, :3], side) for file in files}
 
 
@@ -55,10 +59,14 @@ def validate(trainer: Trainer, pictures: dict[str, Tensor], folder: Path) -> dic
             borders = range(data.size, data.size * count, data.size)
             seams = seam_score(made, borders, borders) if count > 1 else 1.0
             rows.append((psnr_y(made, sharp), psnr_y(start, sharp), seams))
-            gap = torch.ones(1, 3, sharp.shape[-2], GAP)
-            write_picture(
-                folder / f"{name}.png", Picture(torch.cat([start, gap, made, gap, sharp], -1)), overwrite=True
-            )
+            write_panels(folder / f"{name}.png", start, made, sharp)
     names = ("psnr", "psnr_start", "seams") if count > 1 else ("psnr", "psnr_start")
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     return dict(zip(names, means, strict=False))
+
+
+def write_panels(path: Path, *panels: Tensor) -> None:
+    """Write pictures of one height, `1 3 H W`, beside each other, over what `path` holds."""
+    gap = torch.ones(1, 3, panels[0].shape[-2], GAP)
+    row = [part for panel in panels for part in (gap, panel)][1:]
+    write_picture(path, Picture(torch.cat(row, -1)), overwrite=True)
