@@ -217,7 +217,7 @@ MAX_SIZE, MAX_LIST, MAX_LAYERS = 2**17, 64, 500
 SCALING = 1e-3, 1e3  # what a VAE's scaling_factor may be; published ones are 0.1 to 2
 
 
-FRACTIONS = ("eps", "factor", "dropout", "range", "scale")  # of settings that need not be whole numbers
+FRACTIONS = ("eps", "factor", "dropout", "range", "scale")  # of settings that are not whole numbers from 0 up
 
 
 def network_config(fields: Fields) -> dict[str, Any]:
@@ -232,8 +232,8 @@ def network_config(fields: Fields) -> dict[str, Any]:
         rows = [row for row in [value, *(value if isinstance(value, list) else [])] if isinstance(row, list)]
         longest = max([longest, *map(len, rows)])
         numbers = [x for x in [value, *(x for row in rows for x in row)] if isinstance(x, int | float)]
-        whole = all(isinstance(x, int) for x in numbers) or any(word in name for word in FRACTIONS)
-        if isinstance(value, dict) or longest > MAX_LIST or not whole or any(abs(x) > MAX_SIZE for x in numbers):
+        counts = all(isinstance(x, int) and x >= 0 for x in numbers) or any(word in name for word in FRACTIONS)
+        if isinstance(value, dict) or longest > MAX_LIST or not counts or any(abs(x) > MAX_SIZE for x in numbers):
             raise fields.error(f"{fields.where}: {shown(name)!r} is no size of a network")
         if "layers" in name:
             layers *= max([1, *numbers])

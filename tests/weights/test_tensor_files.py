@@ -290,3 +290,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(Exception, match="metadata|str"):
         write_file(path, {"a": torch.zeros(2)}, {"bad": 3})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_weights_that_share_memory_are_written_each_for_itself(tmp_path):
+    shared = torch.arange(6.0)
+    write_file(tmp_path / "a.safetensors", {"one": shared, "two": shared, "part": shared[2:4]}, {})
+    tensors = read_file(tmp_path / "a.safetensors").tensors
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "one": shared.tolist(),
+        "two": shared.tolist(),
+        "part": [2.0, 3.0],
+    }
