@@ -19,6 +19,8 @@ from tudsr_core.methods.plan import StageLimits
 from tudsr_core.methods.two_stage import Stage, TwoStageModel
 from tudsr_core.tiling.fitting import NetworkFacts
 
+LONG = pytest.mark.skipif(not os.environ.get("TUDSR_TEST_LONG"), reason="takes minutes: set TUDSR_TEST_LONG=1")
+
 
 class IdentityNetworks:
     """A model whose answer is known: latents are pixels folded by 8, and z_H equals z_L.

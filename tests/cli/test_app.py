@@ -290,7 +290,7 @@ def test_demo_writes_its_two_pictures(tmp_path):
 def test_inspect_says_what_each_file_is(published_files, tmp_path):
     for name, words in {
         "omgsr": ("peft folder", "194 updates, rank 6, scale 1", "VAE", "t = 200"),
-        "hypir": ("HYPIR .pth", "rank 8, scale 1", "t = 200", "non-commercial"),
+        "hypir": ("HYPIR .pth", "257 updates, rank 8, scale 1", "t = 200"),
         "osediff": ("OSEDiff .pkl", "258 updates, rank 4, scale 2", "trained: conv_in", "t = 999", "Apache-2.0"),
         "pisa": ("PiSA-SR .pkl", "UNet, detail", "z = 1.00000 z_in -1.000000 eps"),
         "invsr": ("InvSR noise predictor", "SD-Turbo", "fixed: Cinematic", "0.86904 z + 0.49473 n"),

@@ -113,8 +113,8 @@ def test_osediff_closed_form_equals_the_ddpm_posterior_mean(noise):
 
 def test_the_methods_have_their_published_timesteps():
     table = {name: [step.t for step in method.steps()] for name, method in METHODS.items()}
-    assert table == {"tudsr": [200], "omgsr": [273], "osediff": [999], "pisa-sr": [1], "invsr": [199]}
-    assert METHODS["tudsr"].steps(stage=2)[0].t == 50
+    assert table == {"tudsr": [200], "omgsr": [273], "hypir": [200], "osediff": [999], "pisa-sr": [1], "invsr": [199]}
+    assert METHODS["tudsr"].steps(stage=2)[0].t == 50 and METHODS["hypir"].steps(stage=2)[0].t == 200
     assert METHODS["omgsr"].steps(timestep=195)[0] == from_noise_level(195)
     for name in ("pisa-sr", "invsr"):
         with pytest.raises(ValueError, match="part of the method"):

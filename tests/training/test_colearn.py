@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command import tudsr
+from conftest import LONG
 from PIL import Image
 from plain_stablesr import random_tensors
 from safetensors.torch import save_file
@@ -278,7 +279,7 @@ def test_multidiffusion_teaches_stable_diffusions_student(root, small_sd):
         Colearner(replace(small(root, downsampler={"kind": "pixel"}), model=model))
 
 
-@pytest.mark.parametrize("order", ["alternating", "joint"])
+@pytest.mark.parametrize("order", ["alternating", pytest.param("joint", marks=LONG)])
 def test_student_and_shared_downsampler_learn_on_one_backbone(root, small_sd, order):
     """The paper's downsampler over SD2.1 in miniature: an adapter each, the backbone once, both commands."""
     model, run_config = ModelConfig(str(small_sd / "base")), {"gradient_checkpointing": True}
