@@ -465,7 +465,7 @@ def test_notes_about_other_places_load_nothing_from_there(small_sd, tmp_path, no
         ({"unet/config.json": {"norm_num_groups": 0}}, "its unet does not fit"),
         ({"unet/config.json": {"norm_num_groups": 8.0}}, "'norm_num_groups' is no size of a network"),
         ({"text_encoder/config.json": {"num_attention_heads": -2}}, "'num_attention_heads' is no size of a network"),
-        ({"text_encoder/config.json": {"eos_token_id": None}}, "'eos_token_id'"),
+        ({"text_encoder/config.json": {"eos_token_id": True}}, "'eos_token_id' is True, it must be a number"),
         ({"unet/config.json": {"down_block_types": ["owner/name"] * 4}}, "its unet does not fit"),
         ({"unet/config.json": {"cross_attention_dim": {"a": "owner/name"}}}, "is no size of a network"),
         ({"text_encoder/config.json": {"num_hidden_layers": 100_000}}, "its layers are too many"),
