@@ -95,7 +95,8 @@ def test_every_workflow_runs_to_a_saved_picture(server, path):
     assert saves
     for node in saves:
         for image in server.images(outputs, node):
-            assert min(image.shape[:2]) >= 160
+            # The server's picture is 40 px high; all but the template that degrades it first enlarge it.
+            assert min(image.shape[:2]) >= (40 if "degrade" in path.stem else 160)
             assert image.std() > 3
 
 
