@@ -13,6 +13,7 @@ from tudsr_core.pictures.tensors import resize
 from tudsr_core.training import embedded as training
 from tudsr_core.training.config import read_sections
 from tudsr_core.training.data import PACKAGE, PHOTOGRAPHS, SIDE, Crops, draw_pictures, read_photographs
+from tudsr_core.training.embedded_config import DataSection, EmbeddedConfig, Phase
 from tudsr_core.training.identity import start_as_identity
 from tudsr_core.weights.checkpoints import embedded_path
 
@@ -21,7 +22,7 @@ RECIPE = Path(__file__).parents[2] / "configs" / "embedded.toml"
 
 def test_the_card_says_the_steps_of_the_recipe():
     card = (embedded_path().parent / "README.md").read_text("utf-8")
-    recipe = read_sections(training.EmbeddedConfig, RECIPE, {})
+    recipe = read_sections(EmbeddedConfig, RECIPE, {})
     assert f"{recipe.polish.steps:,} steps of polishing" in card and f"{recipe.stage_two.steps:,} of stage two" in card
 
 
@@ -50,23 +51,21 @@ def test_both_phases_run_and_the_file_is_a_model(tmp_path, monkeypatch, noise):
     picture = crops.batch(1, 64)
     with torch.no_grad():
         assert (model.step(picture) - picture).abs().mean() < 0.02  # training starts at bicubic
-    losses = []
-
-    def report(step, loss, average):
-        losses.append(loss)
-
-    model = training.train_backbone(crops, model, 1, 1e-4, report)
-    model = training.train_backbone(crops, model, 1, 1e-4, report, polish=True)
-    adapted = training.train_stage_two(crops, model, 1, 1e-3, report)
-    assert len(losses) == 3 and all(0 < loss < 5 for loss in losses)
-    training.save(tmp_path / "new.safetensors", model, adapted)
-    loaded = load_embedded("cpu", path=tmp_path / "new.safetensors")
+    monkeypatch.setattr(training.data, "read_photos", lambda *_: photos)
+    monkeypatch.setattr(training.data, "read_photographs", lambda _: {})
+    one = Phase(1, 1e-4)
+    section = DataSection(tmp_path, tmp_path, drawn=2)
+    output = tmp_path / "new" / "model.safetensors"
+    training.train(EmbeddedConfig(output, section, 0, None, one, one, one))
+    last = training.Restorer(*training.build())
+    training._load(last, output.with_suffix(".polish.safetensors"))  # where a run that ended here goes on
+    loaded = load_embedded("cpu", path=output)
     enlarged = upscale(picture[..., :16, :16], loaded, Target(scale=8))
     assert enlarged.shape == (1, 3, 128, 128) and enlarged.isfinite().all()
     assert loaded.second.steps[0].t == training.STAGE_TWO.t
     again = training.Restorer(*training.build())
-    training._load(again, tmp_path / "new.safetensors")
+    training._load(again, output)
     with torch.no_grad():
-        assert (again.step(picture) - model.step(picture)).abs().max() < 2e-3  # kept in float16
+        assert (again.step(picture) - last.step(picture)).abs().max() < 2e-3  # kept in float16
     update = next(iter(loaded.second.networks.unet_delta.updates.values()))
     assert update.alpha == pytest.approx(training.LORA_RANK)

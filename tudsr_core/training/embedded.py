@@ -14,12 +14,11 @@ import copy
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..diffusion import from_noise_level
@@ -27,9 +26,10 @@ from ..evaluation import psnr_y
 from ..methods import StageLimits
 from ..models import make_unet, make_vae
 from ..pictures import clean, mild, random_mild, resize
-from ..weights import PEFT_PREFIX, Adapter, LoRAWeights, ModelFile, WeightDelta, read_file, write_model
+from ..weights import PEFT_PREFIX, Adapter, LoRAWeights, ModelFile, WeightDelta, read_file, write_file, write_model
 from . import data
 from .config import read_sections
+from .embedded_config import EmbeddedConfig
 from .identity import start_as_identity
 
 log = logging.getLogger(__name__)
@@ -237,38 +237,12 @@ def _reporter(steps: int, photos: dict[str, Tensor], every: int, first: Restorer
     return report
 
 
-@dataclass(frozen=True)
-class DataSection:
-    """`wheels`: folder of the wheel files of `data.WHEELS`; `photographs`: the unpacked package of `data.PACKAGE`."""
-
-    wheels: Path
-    photographs: Path
-    drawn: int = 500
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Optimiser steps, none to leave the phase out, and the peak of the learning rate."""
-
-    steps: int
-    rate: float
-
-
-@dataclass(frozen=True)
-class EmbeddedConfig:
-    """The recipe: `output` is the file to write, `start` a tudsr-model file whose backbone training goes on from."""
-
-    output: Path
-    data: DataSection
-    seed: int = 0
-    start: Path | None = None
-    backbone: Phase = field(default_factory=lambda: Phase(8000, 8e-4))
-    polish: Phase = field(default_factory=lambda: Phase(700, 2e-4))
-    stage_two: Phase = field(default_factory=lambda: Phase(1200, 1e-3))
-
-
 def train(config: EmbeddedConfig) -> None:
-    """Run the phases one after the other and write the model; the backbone is kept beside it after each."""
+    """Run the phases one after the other and write the model; the backbone is kept beside it after each.
+
+    Raises FileNotFoundError for missing pictures, CheckpointError for `start`, OSError.
+    """
+    config.output.parent.mkdir(parents=True, exist_ok=True)  # before an hour of work, not after it
     torch.manual_seed(config.seed)
     photos = data.read_photos(data.TRAIN, config.data.wheels) | data.read_photographs(config.data.photographs)
     choice = data.read_photos(data.CHOICE, config.data.wheels)
@@ -290,15 +264,16 @@ def train(config: EmbeddedConfig) -> None:
 
 def _keep(model: Restorer, path: Path) -> None:
     networks = {"vae": model.vae, "unet": model.unet}
-    save_file({f"{part}.{name}": w for part, net in networks.items() for name, w in net.state_dict().items()}, path)
+    tensors = {f"{part}.{name}": w for part, net in networks.items() for name, w in net.state_dict().items()}
+    write_file(path, tensors, {})
 
 
 def _load(model: Restorer, path: Path) -> None:
     """Fill VAE and UNet from a tudsr-model file or from one that `_keep` wrote."""
     tensors = read_file(path).tensors
-    for part, network in (("vae", model.vae), ("unet", model.unet)):
-        start = len(part) + 1
-        network.load_state_dict({name[start:]: w.float() for name, w in tensors.items() if name.startswith(part)})
+    for part, network in (("vae.", model.vae), ("unet.", model.unet)):
+        own = {name.removeprefix(part): w.float() for name, w in tensors.items() if name.startswith(part)}
+        network.load_state_dict(own)
 
 
 def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
@@ -312,9 +287,7 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
             vae=model.vae.state_dict(),
             unet=model.unet.state_dict(),
             first_step=STAGE_ONE,
-            second=Adapter("stage two", WeightDelta(_updates(adapted)), stage=2, steps=(STAGE_TWO,))
-            if adapted
-            else None,
+            second=Adapter("stage two", WeightDelta(_updates(adapted)), stage=2, steps=(STAGE_TWO,)),
             limits=StageLimits(first_max=4, second=2, single_up_to=4),
         ),
     )
@@ -340,7 +313,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_flush_denormal(True)
-    train(read_sections(EmbeddedConfig, args.config, {}))
+    try:
+        train(read_sections(EmbeddedConfig, args.config, {}))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":
