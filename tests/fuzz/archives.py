@@ -34,12 +34,11 @@ def rezip(
     compression: int = zipfile.ZIP_STORED,
     extra: Iterable[tuple[str, bytes]] = (),
 ) -> None:
-    """Copy an archive, every entry changed by `change(name, data)`, and `extra` ones added."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, change(entry.filename, old.read(entry)))
-        for name, data in extra:
-            new.writestr(name, data)
+    """Copy an archive, every entry changed by `change(name, data)`, and `extra` ones added; no entry has a date."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        entries = [(entry.filename, change(entry.filename, old.read(entry))) for entry in old.infolist()]
+        for name, data in (*entries, *extra):
+            new.writestr(zipfile.ZipInfo(name), data, compression)
 
 
 def index(path: Path, data: bytes) -> None:

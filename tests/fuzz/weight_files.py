@@ -185,7 +185,8 @@ def downsampler(path: Path, kind: str) -> Tree:
 def read_back(path: Path) -> Tree:
     """Return tensors and metadata of a safetensors file."""
     file = read_file(path)
-    return {"tensors": {key: value.clone() for key, value in file.tensors.items()}, "metadata": file.metadata}
+    tensors = {key: value.clone() for key, value in file.tensors.items()}
+    return {"tensors": tensors, "metadata": dict(sorted(file.metadata.items()))}
 
 
 SUFFIXES = {
@@ -230,6 +231,7 @@ def write(path: Path, tree: Tree) -> Path:
     elif path.suffix == ".safetensors":
         tensors = {str(key): value.contiguous() for key, value in tree["tensors"].items()}
         save_file(tensors, path, {str(key): str(value) for key, value in tree["metadata"].items()})
+        sort_header(path)
     elif path.suffix not in ("", ".base"):
         torch.save(tree, path)
     else:
@@ -237,6 +239,15 @@ def write(path: Path, tree: Tree) -> Path:
         for name, part in tree.items():
             write(path / name, part)
     return path
+
+
+def sort_header(path: Path) -> None:
+    """Write the header's entries by name: safetensors orders the metadata anew in every process."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    # Sorted and without spaces it is no longer than it was.
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    path.write_bytes(data[:8] + header.ljust(end - 8) + data[end:])
 
 
 def network(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
