@@ -19,11 +19,18 @@ HEAVY = [
     "tudsr_core.cli.inspection",
     "tudsr_core.pictures.reading",
     "tudsr_core.pictures.writing",
+    "tudsr_core.training.session",
+    "tudsr_core.training.colearn_session",
+    "diffusers.models.unets.unet_2d_condition",
+    "peft",
+    "accelerate",
 ]
 
 
-def _run(arguments: list[str], folder: str, env: dict[str, str], files: list[str]) -> None:
+def _run(arguments: list[str], folder: str, env: dict[str, str], files: list[str], group: bool) -> None:
     os.chdir(folder)
+    if group:
+        os.setsid()
     os.environ.clear()
     os.environ.update(env)
     for number, path in enumerate(files, 1):
@@ -37,8 +44,10 @@ def _run(arguments: list[str], folder: str, env: dict[str, str], files: list[str
     main()
 
 
-def start(arguments: list[object], files: list[Path], env: dict[str, str] | None = None) -> BaseProcess:
-    """Start the command; what it prints goes into two `files`, out and err."""
+def start(
+    arguments: list[object], files: list[Path], env: dict[str, str] | None = None, group: bool = False
+) -> BaseProcess:
+    """Start the command, with `group` in a group of processes of its own; its two `files` get out and err."""
     words = [str(word) for word in arguments]
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
@@ -46,7 +55,7 @@ def start(arguments: list[object], files: list[Path], env: dict[str, str] | None
     for path in files:
         path.touch()
     names = [str(path) for path in files]
-    child = context.Process(target=_run, args=(words, os.getcwd(), dict(env or os.environ), names))
+    child = context.Process(target=_run, args=(words, os.getcwd(), dict(env or os.environ), names, group))
     child.start()
     return child
 

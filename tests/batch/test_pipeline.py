@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,36 @@ def test_at_most_two_decoded_pictures_wait_and_none_stays(folder, monkeypatch):
     # the one that is computed, two that wait, and the one whose result is being written
     assert max(most) <= 4
     assert len(alive) == 0
+
+
+def test_what_an_interrupted_run_wrote_beside_a_picture_is_not_in_its_way(folder):
+    """Nor may a file that somebody else put there be lost."""
+    jobs = plan_jobs([folder / "in"], folder / "out")
+    jobs = [replace(job, also=(job.output.with_suffix(".json"),)) for job in jobs]
+
+    def go(stop_at=None):
+        def upscaler_for(job):
+            def before(number):
+                job.also[0].write_text(job.source.stem, encoding="utf-8")
+                if job.source.stem == stop_at:
+                    raise KeyboardInterrupt
+
+            return Bicubic(before)
+
+        with open_manifest(folder / "out", {}) as manifest:
+            return run_jobs(jobs, Work(upscaler_for, Target(scale=2)), Voice(len(jobs)), manifest)
+
+    foreign = folder / "out" / "6.json"
+    foreign.write_text("mine", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        go("3")
+    assert (folder / "out" / "3.json").exists() and not (folder / "out" / "3.png").exists()
+    summary = go()
+    assert summary.done == {"done before": 3, "written": 4} and [job.source.stem for job in summary.failed] == ["6"]
+    assert foreign.read_text("utf-8") == "mine"
+    (folder / "out" / "3.json").write_text("changed by hand", encoding="utf-8")
+    (folder / "out" / "3.png").unlink()
+    assert [job.source.stem for job in go().failed] == ["3", "6"]
 
 
 def test_a_result_that_is_computed_is_written_though_the_next_picture_is_interrupted(folder, monkeypatch):

@@ -57,7 +57,12 @@ def lines(place: Path) -> list[dict]:
     """Return what a run over two pictures writes."""
     record = {"bytes": 70, "mtime": 1.5, "output_bytes": 70, "output_mtime": 2.5, "sha256": "0" * 64, "seconds": 0.1}
     made = [record | {"source": str(place / "in" / name), "output": name} for name in ("a.png", "b.png")]
-    return [{"run": SETTINGS}, *made, {"source": "x", "bytes": 0, "mtime": 0, "output": "c.png", "error": "none"}]
+    return [
+        {"run": SETTINGS},
+        {"begins": "a.png"},
+        *made,
+        {"source": "x", "bytes": 0, "mtime": 0, "output": "c.png", "error": "none"},
+    ]
 
 
 def computed(place: Path) -> list[dict]:

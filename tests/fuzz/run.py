@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 COUNTS = {
     "pictures": (150, 10_300),
     "weights": (100, 3_253),
-    "prompts": (50, 1_550),
-    "manifests": (50, 1_500),
+    "prompts": (100, 1_550),
+    "manifests": (150, 1_500),
 }
 CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 10, 900, 2 * 2**30
 # The system's stop, far above what is judged: a case that wants this much must not hurt the machine.

@@ -5,14 +5,13 @@ import math
 import os
 import re
 import signal
-import subprocess
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from command import TUDSR, tudsr
+from command import start, tudsr
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -198,16 +197,14 @@ def test_an_interrupt_of_the_command_and_its_workers_ends_after_the_step(root):
     """As Ctrl-C in a terminal: the whole group of processes gets it."""
     text = CONFIG.replace("workers = 0", "workers = 1").replace("steps = 1", "steps = 100000")
     (root / "two.toml").write_text(text, encoding="utf-8")
-    command = [*TUDSR, "train", "stage-two", str(root / "two.toml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True) as running:
-        log, end = root / "out" / "log.jsonl", time.monotonic() + 200
-        while not log.exists() and running.poll() is None and time.monotonic() < end:
-            time.sleep(0.1)
-        os.killpg(running.pid, signal.SIGINT)
-        said = running.stderr.read()
-    assert running.returncode == 130 and re.fullmatch(r"error: stopped at step \d+; add --resume to go on\n", said), (
-        said
-    )
+    running = start(["train", "stage-two", root / "two.toml"], [root / "out.txt", root / "err.txt"], group=True)
+    log, end = root / "out" / "log.jsonl", time.monotonic() + 200
+    while not log.exists() and running.is_alive() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGINT)
+    running.join()
+    said = (root / "err.txt").read_text("utf-8")
+    assert running.exitcode == 130 and re.fullmatch(r"error: stopped at step \d+; add --resume to go on\n", said), said
     step = int(re.search(r"\d+", said)[0])
     assert (root / "out" / "checkpoints" / f"step-{step:07d}.safetensors").is_file()
     assert (root / "out" / "model.safetensors").is_file()

@@ -143,7 +143,7 @@ class Ledger:
             self.summary.done["done before" if state is State.done else "kept"] += 1
             self.listener.left(number, job, state)
             return None
-        return replace(self.output, overwrite=state is State.outdated)
+        return replace(self.output, overwrite=state is State.outdated or self.manifest.has_begun(job))
 
     def wrote(self, task: Task, outcome: Outcome) -> None:
         """A result is in its place."""

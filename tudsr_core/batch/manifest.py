@@ -67,12 +67,14 @@ class Record:
 class History:
     """What a manifest says: the last run's settings, how its pictures ended, and all that was ever written.
 
-    `unreadable` counts lines that say nothing, such as one that a power cut left half.
+    `begun`: outputs that a run began and did not finish, beside which it may have written other files; once finished
+    those are the user's to change. `unreadable` counts lines that say nothing, such as one that a power cut left half.
     """
 
     settings: Settings | None = None
     ended: dict[str, Record] = field(default_factory=dict)
     written: dict[str, list[Record]] = field(default_factory=dict)
+    begun: set[str] = field(default_factory=set)
     unreadable: int = 0
 
     def begin(self, settings: Settings) -> None:
@@ -84,6 +86,7 @@ class History:
         self.ended[record.output] = record
         if not record.error:
             self.written.setdefault(record.output, []).append(record)
+            self.begun.discard(record.output)
 
 
 def facts(path: Path) -> Facts:
@@ -122,9 +125,9 @@ def _read_line(line: str, history: History) -> None:
     values = Fields(parse_json(line, "the line"), "the line")
     if "run" in values.values:
         return history.begin(dict(values.table("run").values))
-    name = values.text("output", longest=MAX_PATH)
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or Path(name).drive:
-        raise UntrustedError(f"{name} lies outside the folder")
+    if "begins" in values.values:
+        return history.begun.add(_name_inside(values, "begins"))
+    name = _name_inside(values, "output")
     history.add(
         Record(
             source=values.text("source", longest=MAX_PATH),
@@ -138,6 +141,13 @@ def _read_line(line: str, history: History) -> None:
             error=values.text("error", "", longest=MAX_LINE),
         )
     )
+
+
+def _name_inside(values: Fields, key: str) -> str:
+    name = values.text(key, longest=MAX_PATH)
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or Path(name).drive:
+        raise UntrustedError(f"{name} lies outside the folder")
+    return name
 
 
 class Manifest:
@@ -166,6 +176,16 @@ class Manifest:
             return State.done if unchanged and all(path.exists() for path in job.also) else State.outdated
         ours = any(_is_file_of(old, job.output) for old in self.history.written.get(name, ()))
         return State.outdated if ours else State.foreign
+
+    def begin_job(self, job: Job) -> None:
+        """Note that a run writes the files beside a job's output from now on; raises OSError."""
+        if job.also and not self.has_begun(job):
+            self._append({"begins": self.name(job)})
+            self.history.begun.add(self.name(job))
+
+    def has_begun(self, job: Job) -> bool:
+        """Return whether files beside a job's output are what an unfinished run left: none were there before it."""
+        return self.name(job) in self.history.begun
 
     def record(self, job: Job) -> Record | None:
         """Return how a job ended in this run, or in the run that it goes on with."""

@@ -87,6 +87,8 @@ class _Run:
             result = self.computed and self.computed.take(task.job, opened, source)
             if result:
                 opened = replace(opened, picture=replace(opened.picture, notes=result.notes))
+            if self.manifest:
+                self.manifest.begin_job(task.job)
             tick = self.ledger.listener.begins(task.number, opened)
             result = result or compute(opened, upscaler, tick)
         except self.cancels:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,6 +45,26 @@ class SharedNetworks:
     def bare(self) -> nn.Module:
         """The UNet itself."""
         return self.unet.get_base_model() if hasattr(self.unet, "get_base_model") else self.unet
+
+    @cached_property
+    def adapted(self) -> list[nn.Module]:
+        """The layers of the UNet to which peft's adapter is bound."""
+        return [layer for layer in self.unet.modules() if hasattr(layer, "base_layer")]
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Let the UNet run as if it had no adapter.
+
+        As peft's `disable_adapter`, which looks through all modules every time: with gradient checkpointing that is
+        for every block of every backward pass.
+        """
+        for layer in self.adapted:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self.adapted:
+                layer.enable_adapters(True)
 
 
 @dataclass(frozen=True)
@@ -145,10 +166,9 @@ class SharedDownsampler(LearnedDamage):
         if _WORN.get() is self:
             yield
             return
-        peft = self.networks.unet
         before = _WORN.set(self)
         try:
-            with peft.disable_adapter() if hasattr(peft, "disable_adapter") else nullcontext():
+            with self.networks.without_adapter():
                 yield
         finally:
             _WORN.reset(before)
