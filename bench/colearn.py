@@ -161,10 +161,11 @@ def _fine(picture: Tensor) -> Tensor:
     return spectrum[torch.maximum(*axes) > 0.375].mean()
 
 
-ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "turns alone", "truth")
+ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "cycle for both", "turns alone", "truth")
+LEARNING = ("co-learning", "cycle for both", "turns alone")  # in which the downsampler goes on learning
 DOWN = ("P", "G")
 DONE = "done.json"
-TAUGHT, STEPS, ALONE = 60, 100, 300  # of the teacher, of every student, of a downsampler alone
+TAUGHT, STEPS, ALONE = 120, 200, 600  # of the teacher, of every student, of a downsampler alone
 COMMON = dict(
     data=dict(size=128, batch=2, workers=0),
     optimizer=dict(rate=2e-4, down_rate=5e-4, critic_rate=2e-4, betas=(0.5, 0.99)),
@@ -180,14 +181,16 @@ PAIRS_ONLY = dict(
 # Twice the steps, since student and downsampler take turns. What is less than the defaults is so for the sake of PSNR:
 # L1 of the cycle outweighs the squared error of pairs, and an adversarial term invents; the inverse is another task.
 TOGETHER = dict(
-    weights=dict(adversarial=0.005, inverse=0.0, consistency=0.0, cycle=0.05, down_cycle=0.2, cycle_after=40),
+    weights=dict(adversarial=0.005, inverse=0.0, consistency=0.0, cycle=0.05, down_cycle=0.0, cycle_after=40),
     optimizer=dict(down_rate=2e-4),
     phases=dict(teacher=TAUGHT, joint=2 * STEPS),
     safeguards=dict(every=40),
 )
+# The cycle trains the downsampler too.
+CYCLE_FOR_BOTH = dict(weights=dict(down_cycle=0.2))
 # Of co-learning only that student and downsampler take turns: no cycle, no teacher, no D_H.
 TURNS_ALONE = dict(
-    weights=dict(adversarial=0.0, cycle=0.0, down_cycle=0.0),
+    weights=dict(adversarial=0.0, cycle=0.0),
     teacher=dict(kind="none"),
 )
 
@@ -204,6 +207,7 @@ def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
         "pixel": (PAIRS_ONLY, dict(downsampler=dict(start=down["P"]))),
         "latent": (PAIRS_ONLY, dict(downsampler=dict(start=down["G"]))),
         "truth": (PAIRS_ONLY, dict(data=dict(paired=True, poor=(root / "truth",)))),
+        "cycle for both": (TOGETHER, CYCLE_FOR_BOTH, dict(downsampler=dict(start=down["G"]))),
         "turns alone": (TOGETHER, TURNS_ALONE, dict(downsampler=dict(start=down["G"]))),
         "co-learning": (TOGETHER, dict(downsampler=dict(start=down["G"]))),
     }[arm]
@@ -327,12 +331,12 @@ def main() -> None:
             if arm in ARMS:
                 file = folder / "model.safetensors"
                 up.append(kept(folder / f"up {which}.json", arm, seed, lambda f=file: measure_upsampler(f, pictures)))
-            if arm in (*DOWN, "co-learning", "turns alone"):
+            if arm in (*DOWN, *LEARNING):
                 file = folder / "downsampler.safetensors"
                 place = folder / f"down {which}.json"
                 down.append(kept(place, arm, seed, lambda f=file: measure_downsampler(f, pictures)))
     show(up, ("shipped", *ARMS))
-    show(down, ("hidden", *DOWN, "co-learning", "turns alone"))
+    show(down, ("hidden", *DOWN, *LEARNING))
 
 
 if __name__ == "__main__":

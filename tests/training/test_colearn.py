@@ -116,6 +116,7 @@ def test_phases_follow_one_another(root):
         ({"consistency": 1.0}, {"student"}),
         ({"cycle": 1.0, "down_cycle": 1.0}, {"student", "down"}),
         ({"down_cycle": 1.0}, {"down"}),
+        ({"cycle": 1.0}, {"student"}),
         ({"down_adversarial": 1.0}, {"down", "low"}),
         ({"low_frequency": 1.0}, {"down"}),
         ({"diversity": 1.0}, {"down"}),

@@ -150,9 +150,10 @@ class Colearner:
             target = sample.poor if self.config.data.paired else None
             yield {"down"}, lambda: judge.of_down(sample, target, made)
         share = weights.cycle if student and weights.cycle and done >= weights.cycle_after else None
-        if sample.poor is not None and (share or (down and weights.down_cycle)):
-            names = ({"student"} if share else set()) | ({"down"} if down else set())
-            yield names, lambda: judge.of_cycle(sample, made, share, down)
+        closes = down and weights.down_cycle > 0
+        if sample.poor is not None and (share or closes):
+            names = ({"student"} if share else set()) | ({"down"} if closes else set())
+            yield names, lambda: judge.of_cycle(sample, made, share, closes)
         if self.networks.high is not None and student:
             yield {"high"}, lambda: judge.of_high(sample, made)
         if self.networks.low is not None and down:

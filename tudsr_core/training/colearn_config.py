@@ -150,7 +150,6 @@ class WeightsConfig:
 
     def __post_init__(self) -> None:
         _check(min(asdict(self).values()) >= 0, "no weight may be below 0")
-        _check(self.cycle == 0 or self.down_cycle > 0, "cycle needs a down_cycle above 0")
 
 
 @dataclass(frozen=True)
