@@ -1,7 +1,5 @@
 """Losses of co-learning against slow forms, and what the safeguards let through."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from torch import nn
 from tudsr_core.training.colearn_config import SafeguardsConfig
 from tudsr_core.training.colearn_losses import (
     diversity,
-    energy_score,
     gradient_penalty,
     hinge_of_critic,
     hinge_of_maker,
@@ -63,23 +60,6 @@ def test_diversity_falls_as_results_differ_more_than_their_noise(noise):
     value = float(diversity(a, b, (2 * a, 2 * b)))
     assert value == pytest.approx(-0.5, abs=1e-6)
     assert diversity(a, a, (a, b)) == 0 and float(diversity(a, b, (a, a))) > -1e4
-
-
-def test_the_energy_score_is_least_for_the_truths_own_noise_and_l1_for_none():
-    """Of two normal variables E|x - y| = sqrt(2 (s^2 + 1) / pi), E|x - x'| = 2 s / sqrt(pi); least at s = 1."""
-    rng = torch.Generator().manual_seed(0)
-    truth, *noises = torch.randn(4, 10**6, generator=rng)
-
-    def score(spread, count):
-        return float(energy_score([spread * noise for noise in noises[:count]], truth))
-
-    for spread in (0.0, 0.5, 1.0, 2.0):
-        closed = math.sqrt(2 * (spread**2 + 1) / math.pi)
-        assert score(spread, 1) == pytest.approx(closed, abs=5e-3)
-        for count in (2, 3):
-            assert score(spread, count) == pytest.approx(closed - spread / math.sqrt(math.pi), abs=5e-3)
-    assert min((0.0, 0.5, 1.0, 2.0), key=lambda spread: score(spread, 1)) == 0.0
-    assert min((0.0, 0.5, 1.0, 2.0), key=lambda spread: score(spread, 2)) == 1.0
 
 
 def test_jitter_hides_what_is_small_and_keeps_the_picture(noise):

@@ -177,8 +177,6 @@ class SafeguardsConfig:
 
     `noise` in steps of 8 bit, `shift` in pixels, `quality` is the lowest of JPEG (100: none). Replay (e): the
     student's pairs come from the last `snapshots` copies of the downsampler, taken every `every` steps.
-    Against a cycle that wears noise away: it compares the poor picture with `draws` results of other noise, by the
-    energy score. With 1 that is L1 alone, of which a picture without noise has the least.
     """
 
     noise: float = 0.5
@@ -186,13 +184,11 @@ class SafeguardsConfig:
     quality: float = 80.0
     snapshots: int = 3
     every: int = 200
-    draws: int = 2
 
     def __post_init__(self) -> None:
         _check(0 <= self.noise <= 64 and 0 <= self.shift <= 1, "noise must be from 0 to 64, shift from 0 to 1")
         _check(1 <= self.quality <= 100, f"quality {self.quality:g} must be from 1 to 100")
         _check(1 <= self.snapshots <= 64 and self.every >= 1, "snapshots must be from 1 to 64, every 1 or more")
-        _check(1 <= self.draws <= 8, f"draws {self.draws} must be from 1 to 8")
 
 
 @dataclass(frozen=True)

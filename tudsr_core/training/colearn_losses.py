@@ -6,7 +6,6 @@ Pictures are in 0..1 unless it is said otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -47,17 +46,6 @@ def low_frequency(made: Tensor, base: Tensor) -> Tensor:
 def diversity(first: Tensor, second: Tensor, noises: tuple[Tensor, Tensor]) -> Tensor:
     """Return minus the distance of two results in that of their noise (mode seeking: Mao et al. 2019, negated)."""
     return -F.l1_loss(first, second) / F.l1_loss(*noises).clamp_min(LEAST_DISTANCE)
-
-
-def energy_score(drawn: Sequence[Tensor], truth: Tensor) -> Tensor:
-    """Return the mean of |x - truth| less half of the mean of |x - x'| over pairs of draws, pixel by pixel.
-
-    It is least where draws are distributed as the truth is (a proper score: Gneiting and Raftery 2007, sec. 4.2), where
-    L1 alone is least for draws that are all its median. One draw: L1.
-    """
-    apart = [F.l1_loss(one, other) for one, other in combinations(drawn, 2)]
-    spread = sum(apart) / len(apart) if apart else 0.0
-    return sum(F.l1_loss(one, truth) for one in drawn) / len(drawn) - spread / 2
 
 
 def jitter(pictures: Tensor, config: SafeguardsConfig, draws: Sequence[torch.Generator]) -> Tensor:

@@ -13,7 +13,6 @@ from ..models import LearnedDamage, shrink
 from .colearn_config import ColearnConfig
 from .colearn_losses import (
     diversity,
-    energy_score,
     gradient_penalty,
     hinge_of_critic,
     hinge_of_maker,
@@ -32,8 +31,7 @@ from .two_folders import FACTOR, Sample
 Terms = dict[str, Tensor]
 
 # Uses of a sample's own random numbers.
-PAIR, DOWN, AGAIN, DROP, JITTER, TEACH, START, FAKE, REAL = range(10, 19)
-CYCLE = (DROP, *range(20, 27))  # a number for each draw
+PAIR, DOWN, AGAIN, CYCLE, JITTER, TEACH, START, FAKE, REAL = range(10, 19)
 
 
 @dataclass
@@ -134,13 +132,11 @@ class Judge:
         shaken = jitter(good, self.config.safeguards, self.draws(sample, JITTER))
         if down_learns:
             shaken = scale_gradient(shaken, (student_share or 0.0) / weights.down_cycle)
-        uses = CYCLE[: self.config.safeguards.draws]
-        noises, (code, *_) = zip(*(self.drawn(sample, use, sample.poor) for use in uses), strict=True)
+        noise, code = self.drawn(sample, CYCLE, sample.poor)
         with nullcontext() if down_learns else frozen(down):
-            code = self._code_of(sample.poor, code, sample)
-            backs = [make_poor(down, shaken, noise, code) for noise in noises]
-        made.poor.append(backs[0].detach())
-        return {"cycle": (weights.down_cycle if down_learns else student_share) * energy_score(backs, sample.poor)}
+            back = make_poor(down, shaken, noise, self._code_of(sample.poor, code, sample))
+        made.poor.append(back.detach())
+        return {"cycle": (weights.down_cycle if down_learns else student_share) * F.l1_loss(back, sample.poor)}
 
     def of_high(self, sample: Sample, made: Made) -> Terms:
         """Return D_H's terms: real good pictures against all that the student has made."""
@@ -174,7 +170,7 @@ class Judge:
     def _code_of(self, poor: Tensor, drawn: Tensor, sample: Sample) -> Tensor:
         """Return the codes of `poor` pictures, some of them dropped for drawn ones."""
         drop = self.config.downsampler.drop
-        dropped = [float(torch.rand((), generator=rng)) < drop for rng in self.draws(sample, DROP)]
+        dropped = [float(torch.rand((), generator=rng)) < drop for rng in self.draws(sample, CYCLE)]
         return torch.where(torch.tensor(dropped).to(poor.device)[:, None], drawn, self.networks.down.style(poor))
 
 
