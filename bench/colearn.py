@@ -181,7 +181,7 @@ PAIRS_ONLY = dict(
 # Twice the steps, since student and downsampler take turns. What is less than the defaults is so for the sake of PSNR:
 # L1 of the cycle outweighs the squared error of pairs, and an adversarial term invents; the inverse is another task.
 TOGETHER = dict(
-    weights=dict(adversarial=0.005, inverse=0.0, consistency=0.0, cycle=0.05, down_cycle=0.0, cycle_after=40),
+    weights=dict(adversarial=0.005, inverse=0.0, consistency=0.0, cycle=0.05, down_cycle=0.2, cycle_after=40),
     optimizer=dict(down_rate=2e-4),
     phases=dict(teacher=TAUGHT, joint=2 * STEPS),
     safeguards=dict(every=40),

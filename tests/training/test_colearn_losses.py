@@ -52,6 +52,7 @@ def test_low_frequencies_see_colour_and_no_noise(noise):
     grey = torch.full((1, 3, 32, 32), 0.5)
     checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(16, 16) * 0.2
     assert low_frequency(grey + checks, grey) < 1e-3
+    assert float(low_frequency(grey + checks, grey, 0)) == pytest.approx(0.2)
     assert float(low_frequency(grey + 0.1, grey)) == pytest.approx(0.1, abs=1e-6)
 
 
@@ -88,7 +89,9 @@ def test_a_scaled_gradient_leaves_the_value():
     assert y == x and float(x.grad) == 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"noise": -1}, {"shift": 2}, {"quality": 0}, {"snapshots": 0}, {"every": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"noise": -1}, {"shift": 2}, {"quality": 0}, {"snapshots": 0}, {"every": 0}, {"blur": -1}]
+)
 def test_safeguards_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="must be from"):
         SafeguardsConfig(**wrong)

@@ -177,6 +177,8 @@ class SafeguardsConfig:
 
     `noise` in steps of 8 bit, `shift` in pixels, `quality` is the lowest of JPEG (100: none). Replay (e): the
     student's pairs come from the last `snapshots` copies of the downsampler, taken every `every` steps.
+    `blur`: the cycle compares what a blur of so many poor pixels (sigma) leaves. Without one (0) it asks the student to
+    keep the noise of the poor picture, and the downsampler to add none.
     """
 
     noise: float = 0.5
@@ -184,11 +186,13 @@ class SafeguardsConfig:
     quality: float = 80.0
     snapshots: int = 3
     every: int = 200
+    blur: float = 2.0
 
     def __post_init__(self) -> None:
         _check(0 <= self.noise <= 64 and 0 <= self.shift <= 1, "noise must be from 0 to 64, shift from 0 to 1")
         _check(1 <= self.quality <= 100, f"quality {self.quality:g} must be from 1 to 100")
         _check(1 <= self.snapshots <= 64 and self.every >= 1, "snapshots must be from 1 to 64, every 1 or more")
+        _check(0 <= self.blur <= 16, f"blur {self.blur:g} must be from 0 to 16")
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def gradient_penalty(critic: nn.Module, real: Tensor) -> Tensor:
     return slope.square().sum((1, 2, 3)).mean()
 
 
-def low_frequency(made: Tensor, base: Tensor) -> Tensor:
-    """Return the mean of |difference| of both pictures after a blur of sigma 2."""
-    return F.l1_loss(gaussian_blur(made, LOW_SIGMA), gaussian_blur(base, LOW_SIGMA))
+def low_frequency(made: Tensor, base: Tensor, sigma: float = LOW_SIGMA) -> Tensor:
+    """Return the mean of |difference| of both pictures after a blur of `sigma` pixels; at 0 there is none."""
+    return F.l1_loss(gaussian_blur(made, sigma), gaussian_blur(base, sigma))
 
 
 def diversity(first: Tensor, second: Tensor, noises: tuple[Tensor, Tensor]) -> Tensor:

@@ -136,7 +136,8 @@ class Judge:
         with nullcontext() if down_learns else frozen(down):
             back = make_poor(down, shaken, noise, self._code_of(sample.poor, code, sample))
         made.poor.append(back.detach())
-        return {"cycle": (weights.down_cycle if down_learns else student_share) * F.l1_loss(back, sample.poor)}
+        apart = low_frequency(back, sample.poor, self.config.safeguards.blur)
+        return {"cycle": (weights.down_cycle if down_learns else student_share) * apart}
 
     def of_high(self, sample: Sample, made: Made) -> Terms:
         """Return D_H's terms: real good pictures against all that the student has made."""
