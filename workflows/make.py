@@ -24,11 +24,22 @@ from PIL import Image
 
 from tudsr_core.weights.known_files import known_file
 
-CLIP_VISION = {
-    "name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
-    "url": "https://huggingface.co/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
-    "directory": "clip_vision",
+HUGGINGFACE = "https://huggingface.co"
+ELSEWHERE = {
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": (
+        f"{HUGGINGFACE}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
+        "clip_vision",
+    ),
 }
+"""Address and folder of files that templates load and `tudsr download` does not know: other packs use them too."""
+SHA256 = {
+    "v2-1_512-ema-pruned.safetensors": "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
+    "v2-1_768-ema-pruned.safetensors": "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
+    "sd_turbo.safetensors": "3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549",
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
+}
+"""Digests that at least two lists of others publish for the file at its address; of the rest none is known."""
+LOADERS = ("CheckpointLoaderSimple", "CLIPVisionLoader", "TUDSRLoadAdapter", "TUDSRLoadStableSR", "TUDSRLoadCFW")
 NOTES = {
     "01-embedded-x8": """## Upscale x8 with the embedded model
 Pick a picture and press **Run**. Nothing is downloaded.
@@ -200,11 +211,15 @@ def add_note(workflow: dict, text: str) -> None:
 
 def model_link(node: dict) -> dict | None:
     """Return where ComfyUI offers to download a loader's model from, if that needs no browser."""
-    if node["type"] == "CLIPVisionLoader":
-        return CLIP_VISION
-    loads = node["type"] in ("CheckpointLoaderSimple", "TUDSRLoadAdapter", "TUDSRLoadStableSR", "TUDSRLoadCFW")
-    known = known_file(node["widgets_values"][0]) if loads else None
-    return {"name": known.name, "url": known.url, "directory": known.folder} if known and known.url else None
+    if node["type"] not in LOADERS:
+        return None
+    name = node["widgets_values"][0]
+    known = known_file(name)
+    url, folder = (known.url, known.folder) if known else ELSEWHERE.get(name, (None, None))
+    if url is None:
+        return None
+    digest = {"hash": SHA256[name], "hash_type": "SHA256"} if name in SHA256 else {}
+    return {"name": name, "url": url, **digest, "directory": folder}
 
 
 def make(page, name: str) -> None:
