@@ -40,10 +40,10 @@ def divided(
     return second
 
 
-def handle(picture: Image.Image, radius: int) -> None:
-    """Draw the divider in the middle of a picture: a line, and a knob with two arrows."""
+def handle(picture: Image.Image, radius: int, down: float) -> None:
+    """Draw the divider in the middle of a picture: a line, and `down` from its top a knob with two arrows."""
     width, height = (side * SMOOTH for side in picture.size)
-    middle, level, r = width // 2, height // 2, radius * SMOOTH
+    middle, level, r = width // 2, round(height * down), radius * SMOOTH
     layer = Image.new("RGBA", (width, height))
     draw = ImageDraw.Draw(layer)
     line = max(1, r // 9)
@@ -68,8 +68,8 @@ def rounded(picture: Image.Image, radius: int) -> Image.Image:
 def icon(pair: tuple[Image.Image, Image.Image]) -> Image.Image:
     """Return the icon: the spoon before and after, and the factor."""
     side = ICON_SIDE
-    picture = divided(pair, (856, 560, 1256, 960), (side, side))
-    handle(picture, 34)
+    picture = divided(pair, (790, 590, 1130, 930), (side, side))
+    handle(picture, 30, 0.83)
     return rounded(picture, 72)
 
 
@@ -77,14 +77,14 @@ def banner(pair: tuple[Image.Image, Image.Image]) -> Image.Image:
     """Return the banner: name and purpose beside the photo before and after."""
     width, height = BANNER_SIZE
     shown = round(height * 1.3)
-    picture = divided(pair, (260, 60, 260 + round(1004 * 1.3), 1064), (shown, height))
-    handle(picture, 40)
+    picture = divided(pair, (70, 0, 70 + round(1064 * 1.3), 1064), (shown, height))
+    handle(picture, 36, 0.78)
     whole = Image.new("RGB", BANNER_SIZE, DARK)
     whole.paste(picture, (width - shown, 0))
     draw = ImageDraw.Draw(whole)
-    draw.text((64, 178), "TUDSR", LIGHT, ImageFont.load_default(132))
+    draw.text((64, 150), "TUDSR", LIGHT, ImageFont.load_default(132))
     for row, text in enumerate(("Diffusion super-resolution", "in two one-step stages,", "in tiles, at any size")):
-        draw.text((68, 338 + 52 * row), text, DIM, ImageFont.load_default(38))
+        draw.text((68, 316 + 52 * row), text, DIM, ImageFont.load_default(38))
     return whole
 
 

@@ -20,8 +20,9 @@ from tudsr_core.evaluation.measurement import example_path
 COMFY = shutil.which("comfy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 # Beside code and templates: what says who may use it, what it is and what it asks for.
 OUTSIDE_FOLDERS = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"}
+OUTSIDE_FOLDERS |= {"SECURITY.md"}
 FOLDERS = ("nodes/", "tudsr_core/", "locales/", "workflows/")
-MAX_ZIP_BYTES = 12 * 2**20
+MAX_ZIP_BYTES = 9 * 2**20
 
 
 @pytest.fixture(scope="module")
