@@ -15,7 +15,7 @@ import resolve
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-# Of ComfyUI's requirements.txt (0.3.64 to 0.8.0), what this pack may ask for.
+# Of ComfyUI's requirements.txt (0.3.64 to 0.33.0), what this pack may ask for.
 OF_COMFYUI = {"torch", "numpy", "safetensors", "pillow"}
 
 needs_registry = pytest.mark.skipif(
