@@ -34,13 +34,14 @@ def find() -> Path | None:
 
 
 class Server:
-    """One running server with this pack linked in under `name`, and folders of its own."""
+    """One running server with this pack linked in under `name`, unless one is there already, and folders of its own."""
 
     def __init__(self, comfyui: Path, base: Path, name: str = "comfyui-tudsr", packs: dict[str, str] | None = None):
         self.base, self.log = base, base / "server.log"
         for folder in ("custom_nodes", "input", "output", "user/default", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / name).symlink_to(PACK)
+        if not (base / "custom_nodes" / name).exists():
+            (base / "custom_nodes" / name).symlink_to(PACK)
         for other, source in (packs or {}).items():
             (base / "custom_nodes" / f"{other}.py").write_text(source, encoding="utf-8")
         (base / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}', encoding="utf-8")

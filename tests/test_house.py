@@ -209,3 +209,20 @@ def test_the_design_names_files_that_exist():
             places = [ROOT, CORE, ROOT / "tests", ROOT / "nodes", CORE / folder, ROOT / folder]
             assert any((place / name).is_file() for place in places), f"{name} in: {line}"
             folder = name.rpartition("/")[0] or folder
+
+
+def prose():
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", prose(), ids=lambda path: path.name)
+def test_links_and_pictures_of_the_documentation_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 90
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in text

@@ -12,9 +12,10 @@ from pathlib import Path
 import comfyui
 import pytest
 import resolve
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-# Of ComfyUI's requirements.txt (0.3.64 to 0.8.0), what this pack may ask for.
+# Of ComfyUI's requirements.txt (0.3.64 to 0.33.0), what this pack may ask for.
 OF_COMFYUI = {"torch", "numpy", "safetensors", "pillow"}
 
 needs_registry = pytest.mark.skipif(
@@ -65,6 +66,39 @@ def test_every_extra_brings_what_the_command_needs():
     for extra in ("sd", "train", "metrics", "ray"):
         assert "comfyui-tudsr[cli]" in dependencies(extra)
     assert "comfyui-tudsr[sd,train,metrics,ray]" in dependencies("dev")
+
+
+def registry_entry():
+    """Return `[project]` and `[tool.comfy]`."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    read = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    return read["project"], read["tool"]["comfy"]
+
+
+def test_addresses_name_one_repository_and_publishing_waits_for_its_owner():
+    project, comfy = registry_entry()
+    repository = project["urls"]["Repository"]
+    raw = repository.replace("https://github.com/", "https://raw.githubusercontent.com/")
+    assert {"Documentation", "Bug Tracker"} <= project["urls"].keys()
+    assert all(url.startswith(repository) for url in project["urls"].values())
+    assert (ROOT / project["urls"]["Documentation"].removeprefix(f"{repository}/blob/main/")).is_file()
+    for name in ("Icon", "Banner"):
+        assert (ROOT / comfy[name].removeprefix(f"{raw}/main/")).is_file()
+    if "github.com/OWNER/" in repository:
+        assert "! grep -n github.com/OWNER pyproject.toml" in (ROOT / ".github/workflows/publish.yml").read_text(
+            "utf-8"
+        )
+
+
+def test_icon_and_banner_have_the_registrys_shapes_and_are_not_installed():
+    _, comfy = registry_entry()
+    icon, banner = (ROOT / "docs" / comfy[name].rpartition("/")[2] for name in ("Icon", "Banner"))
+    with Image.open(icon) as image:
+        assert image.width == image.height <= 400
+    with Image.open(banner) as image:
+        assert image.width * 9 == image.height * 21
+    assert max(path.stat().st_size for path in (icon, banner)) < 150_000
+    assert "/docs/" in (ROOT / ".comfyignore").read_text("utf-8").splitlines()
 
 
 @needs_registry

@@ -24,11 +24,33 @@ from PIL import Image
 
 from tudsr_core.weights.known_files import known_file
 
-CLIP_VISION = {
-    "name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
-    "url": "https://huggingface.co/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
-    "directory": "clip_vision",
+HUGGINGFACE = "https://huggingface.co"
+ELSEWHERE = {
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": (
+        f"{HUGGINGFACE}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
+        "clip_vision",
+    ),
+    "seedvr2_3b_int8_convrot.safetensors": (
+        f"{HUGGINGFACE}/Comfy-Org/SeedVR2/resolve/main/diffusion_models/seedvr2_3b_int8_convrot.safetensors",
+        "diffusion_models",
+    ),
+    "seedvr2_ema_vae_fp16.safetensors": (
+        f"{HUGGINGFACE}/Comfy-Org/SeedVR2/resolve/main/vae/seedvr2_ema_vae_fp16.safetensors",
+        "vae",
+    ),
 }
+"""Address and folder of files that templates load and `tudsr download` does not know: other packs use them too."""
+SHA256 = {
+    "v2-1_512-ema-pruned.safetensors": "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
+    "v2-1_768-ema-pruned.safetensors": "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
+    "sd_turbo.safetensors": "3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549",
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
+    "seedvr2_3b_int8_convrot.safetensors": "c3dec8bcc5916843a8a858572970597462e1f2dc598d6dfd818f6cd40f53a157",
+    "seedvr2_ema_vae_fp16.safetensors": "20678548f420d98d26f11442d3528f8b8c94e57ee046ef93dbb7633da8612ca1",
+}
+"""Digests that at least two lists of others publish for the file at its address; of the rest none is known."""
+LOADERS = ("CheckpointLoaderSimple", "CLIPVisionLoader", "UNETLoader", "VAELoader")
+LOADERS += ("TUDSRLoadAdapter", "TUDSRLoadStableSR", "TUDSRLoadCFW")
 NOTES = {
     "01-embedded-x8": """## Upscale x8 with the embedded model
 Pick a picture and press **Run**. Nothing is downloaded.
@@ -139,6 +161,16 @@ Or give **stage_two** a TUDSR stage-two adapter: HYPIR restores, TUDSR enlarges.
 
 - the prompt steers what is invented: say what the picture shows, or leave it empty
 - **strength** of the adapter: lower is closer to the input""",
+    "16-seedvr2-beside-ours": """## SeedVR2 beside ours
+ComfyUI's own SeedVR2 (3B, one step) and the embedded model enlarge the same picture x4, and
+**Compare Pictures** puts one over the other: drag the divider, zoom with the wheel.
+
+1. ComfyUI 0.29 or newer, which has the SeedVR2 nodes
+2. `models/diffusion_models`: **seedvr2_3b_int8_convrot.safetensors**, 3.5 GB
+3. `models/vae`: **seedvr2_ema_vae_fp16.safetensors**, 0.5 GB; both Apache-2.0
+
+SeedVR2's numbers are those of ComfyUI's template, colours are matched by *wavelet* on both sides. For invented
+detail on ours too, put the loaders of template 06 or 15 in the place of the embedded model.""",
     "07-zoomed-in-diffused-out": """## Zoomed In, Diffused Out
 SD2.x, a **tile ControlNet**, a prompt per tile, CFG 5.5, 50 DDPM steps (t = 981 ... 1) from the
 noised low-resolution latent, on the **stock KSampler**: the conditions hold one area per tile.
@@ -149,7 +181,10 @@ noised low-resolution latent, on the **stock KSampler**: the conditions hold one
 
 Choose any ControlNet for your checkpoint that takes the picture itself as hint.""",
 }
-STAND_IN_ONLY = (
+MOST_COLUMNS = 8
+ONLY_THE_GRAPH = """body * { visibility: hidden !important }
+    #graph-canvas, .dom-widget, .dom-widget * { visibility: visible !important }"""
+NOT_RUN = (
     "02-sd21-two-stage",
     "04-multidiffusion-ksampler",
     "06-published-adapters",
@@ -161,11 +196,12 @@ STAND_IN_ONLY = (
     "12-stablesr-turbo",
     "13-stablesr-tile-prompts-4k",
     "15-hypir",
+    "16-seedvr2-beside-ours",
 )
 
 
 def lay_out(workflow: dict, api: dict) -> None:
-    """Put nodes into columns by their distance from the inputs."""
+    """Put nodes into columns by their distance from the inputs; of more than MOST_COLUMNS the later half below."""
     depth: dict[str, int] = {}
 
     def level(node: str) -> int:
@@ -177,9 +213,12 @@ def lay_out(workflow: dict, api: dict) -> None:
     columns: dict[int, list[dict]] = {}
     for node in sorted(workflow["nodes"], key=lambda node: int(node["id"])):
         columns.setdefault(level(str(node["id"])), []).append(node)
-    x = 380.0
+    x = left = 380.0
+    top = lowest = 0.0
     for index in sorted(columns):
-        y, widest = 0.0, 0.0
+        if len(columns) > MOST_COLUMNS and index == (len(columns) + 1) // 2:
+            x, top = left, lowest
+        y, widest = top, 0.0
         for node in columns[index]:
             picture = node["type"] in ("LoadImage", "SaveImage", "PreviewImage")
             node["size"] = [300, 340] if picture else [max(270, node["size"][0]), node["size"][1]]
@@ -187,6 +226,7 @@ def lay_out(workflow: dict, api: dict) -> None:
             grows = node["type"].startswith("TUDSR") and "image" in str(node.get("inputs"))
             y += node["size"][1] + (300 if grows else 70)  # upscalers grow by their live preview
             widest = max(widest, node["size"][0])
+        lowest = max(lowest, y)
         x += widest + 60
 
 
@@ -200,11 +240,15 @@ def add_note(workflow: dict, text: str) -> None:
 
 def model_link(node: dict) -> dict | None:
     """Return where ComfyUI offers to download a loader's model from, if that needs no browser."""
-    if node["type"] == "CLIPVisionLoader":
-        return CLIP_VISION
-    loads = node["type"] in ("CheckpointLoaderSimple", "TUDSRLoadAdapter", "TUDSRLoadStableSR", "TUDSRLoadCFW")
-    known = known_file(node["widgets_values"][0]) if loads else None
-    return {"name": known.name, "url": known.url, "directory": known.folder} if known and known.url else None
+    if node["type"] not in LOADERS:
+        return None
+    name = node["widgets_values"][0]
+    known = known_file(name)
+    url, folder = (known.url, known.folder) if known else ELSEWHERE.get(name, (None, None))
+    if url is None:
+        return None
+    digest = {"hash": SHA256[name], "hash_type": "SHA256"} if name in SHA256 else {}
+    return {"name": name, "url": url, **digest, "directory": folder}
 
 
 def make(page, name: str) -> None:
@@ -227,14 +271,14 @@ def make(page, name: str) -> None:
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-tudsr/{name}"))
     (HERE / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
     load_graph(page, workflow)
-    if name not in STAND_IN_ONLY:
+    if name not in NOT_RUN:
         run_graph(page)
     photograph(page, HERE / f"{name}.jpg")
 
 
 def photograph(page, path: Path) -> None:
     """Save the graph without the page's bars, small enough for a template card."""
-    page.evaluate("() => document.querySelectorAll('.minimap-main-container').forEach(e => e.remove())")
+    page.add_style_tag(content=ONLY_THE_GRAPH)
     box = fit(page)
     large = path.with_suffix(".png")
     shoot(page, large)
@@ -250,6 +294,9 @@ def main() -> None:
         raise SystemExit("set COMFYUI_PATH and COMFYUI_PYTHON to a ComfyUI")
     base = Path(tempfile.mkdtemp())
     sd_stand_in.write(base / "models")
+    for name, (_, folder) in ELSEWHERE.items():
+        (base / "models" / folder).mkdir(parents=True, exist_ok=True)
+        (base / "models" / folder / name).touch()  # to be chosen; it is not loaded
     server = Server(comfyui, base, packs={"tests_pack": sd_stand_in.PACK})
     example = HERE.parent / "tudsr_core" / "assets" / "example.png"
     server.put_image("example.png", np.array(Image.open(example).convert("RGB")))

@@ -98,7 +98,8 @@ def _build_vae(network: AutoencoderDC) -> comfy.sd.VAE:
     vae.downscale_ratio = vae.upscale_ratio = scale
     vae.latent_channels = network.config.latent_channels
     vae.process_input = lambda image: image * 2 - 1
-    vae.process_output = lambda image: (image / 2 + 0.5).clamp(0, 1)
+    # In place: newer ComfyUI (0.33) looks at the picture it gave, older at what comes back.
+    vae.process_output = lambda image: image.div_(2).add_(0.5).clamp_(0, 1)
     bytes_per_pixel = 4 * 96  # the widest feature map, at half resolution, four of them alive
     vae.memory_used_encode = lambda shape, dtype: shape[2] * shape[3] * bytes_per_pixel
     vae.memory_used_decode = lambda shape, dtype: shape[2] * shape[3] * scale**2 * bytes_per_pixel

@@ -96,12 +96,13 @@ def slow_output(unet, x, low, t, texts, cfg):
     return (total / count).to(x)
 
 
-def slow_sampling(kind, low, texts, cfg):
+def slow_sampling(kind, low, texts, cfg, drawn):
+    """StableSR's chain, one line per equation; `drawn` is the dtype in which fresh noise is drawn."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abars, unet = torch.cumprod(1 - betas, 0), model_of(dtype=low.dtype).model.diffusion_model
     abar = float(abars[999])
     x = abar**0.5 * low + (1 - abar) ** 0.5 * noise(*low.shape, seed=5)
-    fresh = comfy.k_diffusion.sampling.default_noise_sampler(x, seed=SEED)
+    fresh = comfy.k_diffusion.sampling.default_noise_sampler(x.to(drawn), seed=SEED)
     for t, later in zip(TIMESTEPS, (*TIMESTEPS[1:], None), strict=True):
         abar, before = float(abars[t]), 1.0 if later is None else float(abars[later])
         out = slow_output(unet, x, low, t, texts, cfg)
@@ -126,7 +127,10 @@ def check_a_steered_unet_equals_diffusers():
 
 
 def check_aggregation_sampling_is_the_slow_loop():
-    """In float64, because guidance of 7 multiplies what two networks round differently."""
+    """In float64, because guidance of 7 multiplies what two networks round differently.
+
+    Newer ComfyUI (0.33) keeps the latent in float32 whatever the networks compute in.
+    """
     texts = [[[text[0][0].double(), {}]] for text in (words(1), words(2))]
     for kind in ("eps", "v"):
         managed = stablesr()
@@ -137,9 +141,9 @@ def check_aggregation_sampling_is_the_slow_loop():
             conditions = [HOST.with_picture(text, low) for text in texts]
             for cfg in (1.0, 7.0):
                 ours = sample(model, low, *conditions, cfg)
-                truth = slow_sampling(kind, low, texts, cfg)
+                truth = slow_sampling(kind, low, texts, cfg, ours.dtype)
                 error = (ours - truth).abs().max() / truth.abs().max()
-                assert error < 1e-5, (kind, size, cfg, float(error))
+                assert error < (1e-5 if ours.dtype == torch.float64 else 1e-4), (kind, size, cfg, float(error))
 
 
 def check_the_model_without_stablesr_is_as_before():

@@ -156,3 +156,17 @@ def test_two_pictures_are_compared_on_the_node(browser_server, vue):
         wait_until_ready(page)
         page.wait_for_function(shown)
         assert page.evaluate(sizes) == [[200, True], [400, True]]
+
+
+def test_missing_weights_are_named_and_offered(browser_server, tmp_path):
+    """Template 11 where there are no models: the base model can be fetched from there, the pickle is named."""
+    with open_page(browser_server.url) as page:
+        text = (PACK / "workflows" / "11-stablesr-768v.json").read_text("utf-8")
+        page.evaluate("async text => { await app.loadGraphData(JSON.parse(text)) }", text)
+        missing = page.locator(".comfy-missing-models")
+        missing.wait_for(timeout=20000)
+        shoot(page, Path(os.environ.get("TUDSR_SCREENSHOT_MISSING", tmp_path / "missing.png")))
+        assert "checkpoints / v2-1_768-ema-pruned.safetensors" in missing.inner_text()
+        assert "tudsr / webui_768v_139.ckpt" in missing.inner_text()
+        base = missing.locator("li, .p-listbox-option").filter(has_text="v2-1_768-ema-pruned.safetensors").first
+        assert base.get_by_role("button").first.is_enabled()

@@ -81,9 +81,20 @@ def test_every_node_has_help_tooltips_and_a_frozen_schema(server):
         assert now == frozen[name], f"the schema of {name} changed: saved workflows would break"
 
 
+def skip_without(server, kinds):
+    """Skip the test where this ComfyUI lacks nodes of its own that a template uses."""
+    missing = sorted(kinds - set(server.get("/object_info")))
+    assert not any(kind.startswith("TUDSR") for kind in missing)
+    if missing:
+        pytest.skip(f"this ComfyUI is older than its nodes {', '.join(missing)}")
+
+
 @pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
 def test_every_workflow_runs_to_a_saved_picture(server, path):
     work = graph(path.stem)
+    skip_without(server, {part["class_type"] for part in work.values()})
+    if "seedvr2" in path.stem:
+        work = without_seedvr2s_network(server, work)
     for part in work.values():
         if part["class_type"] == "CheckpointLoaderSimple" and "stablesr" in path.stem:
             # CFW needs an autoencoder of SD's kind, which the other stand-in does not have.
@@ -100,12 +111,27 @@ def test_every_workflow_runs_to_a_saved_picture(server, path):
             assert image.std() > 3
 
 
+def without_seedvr2s_network(server, work):
+    """Return the graph with the padded picture in the place of what SeedVR2 makes of it; its weights have gigabytes.
+
+    The whole graph is one that the server would run if it had them.
+    """
+    answer = server.post("/prompt", {"prompt": work, "client_id": "tests"})
+    wrong = {(node, one["type"]) for node, says in answer["node_errors"].items() for one in says["errors"]}
+    loaders = {node for node, part in work.items() if part["class_type"] in ("UNETLoader", "VAELoader")}
+    assert wrong == {(node, "value_not_in_list") for node in loaders}
+    (before,) = (node for node, part in work.items() if part["class_type"] == "SeedVR2Preprocess")
+    (after,) = (node for node, part in work.items() if part["class_type"] == "SeedVR2PostProcessing")
+    work[after]["inputs"]["images"] = [before, 0]
+    network = ("VAEEncodeTiled", "SeedVR2Conditioning", "KSampler", "VAEDecodeTiled", "UNETLoader", "VAELoader")
+    return {node: part for node, part in work.items() if part["class_type"] not in network}
+
+
 @pytest.mark.parametrize("path", sorted((PACK / "workflows").glob("*.json")), ids=lambda path: path.stem)
 def test_templates_use_known_nodes_and_have_a_picture(server, path):
-    known = server.get("/object_info")
     template = json.loads(path.read_text("utf-8"))
     kinds = {node["type"] for node in template["nodes"]}
-    assert kinds <= set(known) | {"MarkdownNote", "Note"}
+    skip_without(server, kinds - {"MarkdownNote", "Note"})
     assert "MarkdownNote" in kinds
     with Image.open(path.with_suffix(".jpg")) as thumbnail:
         assert min(thumbnail.size) >= 200
