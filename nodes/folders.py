@@ -19,7 +19,7 @@ from ..tudsr_core.batch import (
     plan_jobs,
     run_jobs,
 )
-from ..tudsr_core.methods import TwoStage
+from ..tudsr_core.methods import NEUTRAL, TwoStage
 from ..tudsr_core.pictures import FORMATS, Picture, pictures_in, read_picture, resize, write_picture
 from .host.folders import Cancelled, FolderProgress, fingerprint, result_folder, source_folder
 from .host.networks import ProgressBar
@@ -27,6 +27,7 @@ from .host.stages import build_stage, combine
 from .images import rgb
 from .inputs import (
     CATEGORY,
+    inventive_input,
     later_inputs,
     long_edge_input,
     shared_inputs,
@@ -114,6 +115,7 @@ class UpscaleFolder(io.ComfyNode):
                 stage_input("stage_two", "two", " Needed above x3 or x4.", optional=True),
                 *later_inputs(),
                 long_edge_input(),
+                inventive_input(),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="What was done, in words, as this node shows it."),
@@ -145,16 +147,20 @@ class UpscaleFolder(io.ComfyNode):
         replace,
         stage_two=None,
         long_edge=0,
+        inventive=NEUTRAL,
         **options,
     ) -> io.NodeOutput:
         source, into = source_folder(folder), result_folder(output)
-        first = build_stage(stage_one, vae, conditioning, 1, 0)
-        second = build_stage(stage_two, vae, conditioning, 2, 0) if stage_two is not None else None
+        first = build_stage(stage_one, vae, conditioning, 1, 0, inventive=inventive)
+        second = None
+        if stage_two is not None:
+            second = build_stage(stage_two, vae, conditioning, 2, 0, inventive=inventive)
         upscaler = TwoStage(combine(first, second), options_from(options))
         target = target_from(scale, width, height, long_edge)
         work = Work(lambda job: upscaler, target, Output(EIGHT_BIT.get(file_type), quality, replace))
         model = fingerprint(stage_one, stage_two, vae, conditioning)
-        settings = describe_run({}, upscaler.options, target, work.output, model=model, format=TYPES[file_type])
+        more = dict(model=model, format=TYPES[file_type], inventive=None if inventive == NEUTRAL else inventive)
+        settings = describe_run({}, upscaler.options, target, work.output, **more)
         wanted = set(sources_in(source, pattern, recursive))
         jobs = [job for job in plan_jobs([source], into, TYPES[file_type], recursive) if job.source in wanted]
         progress = FolderProgress(len(jobs), ProgressBar(stage_one))

@@ -135,6 +135,19 @@ def test_16_bit_with_alpha_and_profile_survives_the_whole_way(tmp_path):
     assert len(torch.unique((made.pixels[:, 3] * 65535).round())) > 1000
 
 
+def test_the_dial_changes_the_picture_and_a_folder_remembers_it(photo, tmp_path):
+    made = {}
+    for name, place in (("none", ()), ("half", ("--inventive", 0.5)), ("high", ("--inventive", 0.9))):
+        done = tudsr("upscale", photo, "-o", tmp_path / f"{name}.png", "--scale", 2, *place)
+        assert done.returncode == 0, done.stderr
+        made[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert "inventive 0.9 (x1.4 of its sharpening, which invents nothing)" in done.stdout
+    assert made["none"] == made["half"] != made["high"]
+    assert tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 2, "--inventive", 0.9).returncode == 0
+    again = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 2)
+    assert again.returncode == 1 and "inventive 0.9, now not set" in again.stderr
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(photo, tmp_path):
     done = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 8, "--dry-run")
     assert done.returncode == 0
@@ -155,6 +168,7 @@ BAD = {
     "missing base": (["--model", "none.ckpt", "--stage-one", "x"], "none.ckpt does not exist"),
     "missing model": (["--model", "none.safetensors"], "none.safetensors does not exist"),
     "cuda": (["--device", "cuda"], "'cuda' is not available"),
+    "inventive": (["--inventive", 2], "inventive 2 must be from 0 (faithful) to 1 (inventive)"),
 }
 
 

@@ -77,6 +77,12 @@ FidelityOption = Annotated[
     typer.Option(help="PiSA-SR: weight of the pixel-level part (1). StableSR: --cfw's weight, 0 to 1 (0.5)."),
 ]
 DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semantic part.")]
+InventiveOption = Annotated[
+    float | None,
+    typer.Option(
+        help="One dial for all methods, 0 faithful to 1 inventive; default 0.5, as trained. The plan says what it does."
+    ),
+]
 
 
 def add_upscale_commands(app: typer.Typer) -> None:
@@ -98,6 +104,7 @@ def prepare(
     steps: StepsOption = None,
     fidelity: FidelityOption = None,
     detail: DetailOption = 1.0,
+    inventive: InventiveOption = None,
     stablesr: StableSROption = None,
     cfw: CFWOption = None,
     guidance: GuidanceOption = None,
@@ -147,16 +154,18 @@ def prepare(
         _refuse("--method stablesr", others | dict(detail=detail != 1, sample_posterior=sample_posterior))
         how |= given(steps=steps, guidance=guidance)
         loading = dict(device=device.value, dtype=dtype.value, tokenizer=tokenizer)
-        upscaler = stablesr_upscaler(model, stablesr, cfw, fidelity, prompt, negative, chosen, how, loading)
+        upscaler = stablesr_upscaler(
+            model, stablesr, cfw, given(fidelity=fidelity, inventive=inventive), prompt, negative, chosen, how, loading
+        )
     else:
         _refuse("this method", dict(cfw=cfw, guidance=guidance, negative=negative))
         options = UpscaleOptions(
             **chosen, **how, sample_posterior=sample_posterior, published=published, native_size=native_size
         )
-        weights = given(steps=steps, fidelity=fidelity, detail=detail)
+        weights = given(steps=steps, fidelity=fidelity, detail=detail, inventive=inventive)
         use = AdapterOptions(method and method.value, timestep, prompt=prompt, tokenizer=tokenizer, **weights)
         upscaler = TwoStage(load_model(model, stage_one, stage_two, device, dtype, use), options)
-    numbers = given(steps=steps, timestep=timestep, fidelity=fidelity, detail=detail)
+    numbers = given(steps=steps, timestep=timestep, fidelity=fidelity, detail=detail, inventive=inventive)
     work = Work(lambda job: upscaler, target, Output(bits, quality, force, max_megapixels))
 
     def describe() -> dict:
@@ -249,6 +258,7 @@ def _refuse(method: str, options: dict[str, object]) -> None:
 def load_model(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision, use=None):
     """Return the embedded model, one of its kind, or a base with adapters; raises ValueError for what does not fit."""
     from ..backends import AdapterOptions, load_embedded, load_sd21
+    from ..methods import NEUTRAL
 
     if not model:
         raise ValueError("--model is empty; leave it out for the embedded model")
@@ -257,10 +267,11 @@ def load_model(model: str, stage_one: Path | None, stage_two: Path | None, devic
         if model == "embedded":
             raise ValueError("--stage-one belongs to a base model; add --model with SD2.1-base")
         return load_sd21(path, stage_one, stage_two, device.value, dtype.value, use)
-    if use not in (None, AdapterOptions()):
+    inventive = use.inventive if use else NEUTRAL
+    if use not in (None, AdapterOptions(inventive=inventive)):
         raise ValueError("method, timestep, steps, prompt, fidelity and detail belong to an adapter; add --stage-one")
     if model == "embedded":
-        return load_embedded(device.value, dtype.value)
+        return load_embedded(device.value, dtype.value, inventive=inventive)
     if path.is_dir() or stage_two:
         raise ValueError(f"--model {model} is a base model; add --stage-one with its adapter")
-    return load_embedded(device.value, dtype.value, path)
+    return load_embedded(device.value, dtype.value, path, inventive)
