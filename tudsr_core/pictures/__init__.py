@@ -8,7 +8,7 @@ from .._lazy import public_names
 __all__, __getattr__ = public_names(
     __name__,
     big_tiff="write_big_tiff",
-    color="COLOR_FIXES ColorFix match_color",
+    color="COLOR_FIXES ColorFix WHOLE_PICTURE match_color",
     degradations="clean gaussian_blur mild random_mild",
     files="FORMATS MAX_MEGAPIXELS NoRoomError Picture PictureError pictures_in",
     reading="read_picture read_size",

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .files import Unsuitable, check_size
-from .raster import Raster, cmyk_to_rgb, lab_to_srgb, scaled, unpremultiplied
+from .raster import Raster, cmyk_to_rgb, scaled, unpremultiplied
+from .srgb import from_lab
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_TAGS, MAX_SEGMENTS, MAX_CHANNELS = 1000, 200_000, 64
@@ -231,7 +233,7 @@ def _colors(page, photometric: int, planes: np.ndarray, icc: bytes | None, notes
         return *_from_palette(page, planes[0]), icc
     if photometric in (CIELAB, ICCLAB):
         notes.append("its CIELab colours are converted to sRGB")
-        return lab_to_srgb(_lab(planes, photometric, page.bitspersample)), bits, None
+        return from_lab(torch.from_numpy(_lab(planes, photometric, page.bitspersample))).numpy(), bits, None
     values = scaled(planes, *_range(page, planes, notes))
     if photometric == CMYK:
         if page.tags.valueof(INK_SET, 1) != 1:
