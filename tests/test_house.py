@@ -48,6 +48,7 @@ ONLY_INSIDE_FUNCTIONS = {
     "sklearn",
     "tifffile",
     "imagecodecs",
+    "OpenEXR",
     "ray",
 }
 

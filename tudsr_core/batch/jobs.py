@@ -10,6 +10,7 @@ from ..methods import RunPlan, Target, Tick, Upscaler
 from ..pictures import (
     Picture,
     PictureError,
+    bits_for,
     check_free,
     check_output,
     read_picture,
@@ -29,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Output:
-    """How results are written: `bits` 8 or 16 (None: as the source), JPEG / WebP quality, replacing.
+    """How results are written: `bits` 8, 16 or 32 (None: as the source), JPEG / WebP quality, replacing.
 
     `max_megapixels` is what sources may have; None is the limit of `read_picture`. `rgb`: three channels, whatever
     the source has; its transparency is left out.
@@ -80,7 +81,7 @@ def plan_job(
         plan = upscaler.plan(picture.size, target)
     except ValueError as error:
         raise PictureError(f"{job.source}: {error}") from error
-    picture = replace(picture, bits=output.bits or picture.bits)
+    picture = replace(picture, bits=bits_for(picture, job.output, output.bits))
     if output.rgb:
         notes = (*picture.notes, "its transparency is left out") if picture.has_alpha else picture.notes
         picture = replace(picture, pixels=picture.pixels[:, :3], is_grey=False, notes=notes)

@@ -29,7 +29,7 @@ MethodName = Enum("MethodName", {name: name for name in (*METHODS, "stablesr")},
 Device = Enum("Device", {name: name for name in ("auto", "cpu", "cuda", "mps")}, type=str)
 WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", "published")}, type=str)
 ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "lab", "none")}, type=str)
-Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, type=str)
+Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif", "exr")}, type=str)
 
 
 def _given_path(text: str) -> Path:

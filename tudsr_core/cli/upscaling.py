@@ -128,7 +128,9 @@ def prepare(
     color_fix: ColorFixOption = None,
     sample_posterior: Annotated[bool, typer.Option(help="Draw latents instead of taking their mode.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of that draw.")] = None,
-    bits: Annotated[int | None, typer.Option(help="8 or 16 per channel; default: as the input.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="8 or 16 per channel, 32 for floats (.tif, .exr); default: as the input.")
+    ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
     suffix: FormatOption = None,
     force: ForceOption = False,
@@ -139,8 +141,8 @@ def prepare(
     from ..batch import Output, Work, describe_run
     from ..methods import TwoStage, UpscaleOptions
 
-    if bits not in (None, 8, 16):
-        raise ValueError(f"--bits {bits} is not possible; use 8 or 16")
+    if bits not in (None, 8, 16, 32):
+        raise ValueError(f"--bits {bits} is not possible; use 8, 16 or 32")
     tiles = given(tile_px=tile, overlap_px=overlap)
     how = given(tile_batch=tile_batch, window=window)
     if published and tiles.keys() | how.keys() - {"tile_batch"}:

@@ -11,12 +11,16 @@ from PIL import Image, ImageCms
 
 @dataclass
 class Raster:
-    """Planes `C H W` float32 0..1 (grey, grey and alpha, RGB, or RGBA), their depth in the file, and notes."""
+    """Planes `C H W` float32 0..1 (grey, grey and alpha, RGB, or RGBA), their depth in the file, and notes.
+
+    With `is_light` they are scene-linear, float16 or float32 of any range, as `scene_light.py` has them.
+    """
 
     planes: np.ndarray
     bits: int = 8
     notes: list[str] = field(default_factory=list)
     icc: bytes | None = None
+    is_light: bool = False
 
 
 def scaled(planes: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -30,7 +30,7 @@ class RowReader:
         else:
             self._whole = read_picture(self.path, max_megapixels)
             self.size = self._whole.size
-            self.facts = replace(self._whole, pixels=self._whole.pixels[:, :, :1, :1].clone())
+            self.facts = replace(self._whole, pixels=self._whole.pixels[:, :, :1, :1].clone(), light=None)
 
     def rows(self, top: int, bottom: int) -> Tensor:
         """Return the rows `top` to `bottom`, `1 C H W`, float32, 0..1."""
