@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..tudsr_core.pictures import Picture, displayed, read_picture, write_picture
+from ..tudsr_core.pictures import Picture, displayed, read_picture, writable, write_picture
 from .folders import Source, SourceType, with_pixels
 from .host.folders import free_name, input_pictures, source_picture
 from .images import rgb
@@ -157,17 +157,19 @@ class SavePicture(io.ComfyNode):
     def execute(cls, image, file_name, file_type, light, source=None, mask=None) -> io.NodeOutput:
         suffix, bits = FILES[file_type]
         facts = Picture(torch.zeros(1, 3, 1, 1)) if source is None else source.picture
-        facts = dataclasses.replace(facts, bits=bits)
+        facts = dataclasses.replace(facts, bits=bits, notes=())
         name = file_name.strip() or (source.place.stem if source else "tudsr")
-        paths, shown = [], []
+        paths, shown, notes = [], [], []
         for number, pixels in enumerate(rgb(image).split(1)):
             own = None if mask is None else mask[number % len(mask)]
             picture = with_pixels(facts, pixels, own)
             if light == "linear":
                 picture = dataclasses.replace(picture, light=picture.pixels, pixels=displayed(picture.pixels))
             path = free_name(name, suffix)
+            picture = writable(picture, path, picture.size)
             write_picture(path, picture)
-            paths.append(path)
+            paths.append(str(path))
             shown += preview(picture.pixels)
-        text = "\n".join(map(str, paths))
-        return io.NodeOutput(text, ui={"images": shown, "text": [text]})
+            notes += picture.notes
+        text = "\n".join([*paths, *dict.fromkeys(notes)])
+        return io.NodeOutput("\n".join(paths), ui={"images": shown, "text": [text]})

@@ -173,6 +173,21 @@ def test_openexr_in_and_out(photo, tmp_path):
         assert file.channels()["RGB"].pixels.dtype == np.float32
     done = tudsr("upscale", photo, "-o", tmp_path / "y.png", "--scale", 2, "--bits", 32)
     assert done.returncode == 1 and "PNG cannot hold floats; use .tif or .exr" in done.stderr
+    done = tudsr("upscale", tmp_path / "in" / "scene.exr", "-o", tmp_path / "b.tif", "--scale", 2, "--blocks")
+    assert done.returncode == 1 and "light above 1 or below 0, which is not carried from block to block" in done.stderr
+
+
+def test_float_tiffs_hold_light_if_asked(tmp_path):
+    light = np.full((12, 16, 3), 0.2, np.float32)
+    light[4:8, 4:8] = 20
+    tifffile.imwrite(tmp_path / "in.tif", light, photometric="rgb")
+    scale = "--scale", 2, "--bits", 32
+    done = tudsr("upscale", tmp_path / "in.tif", "-o", tmp_path / "a.tif", *scale, "--linear")
+    assert done.returncode == 0, done.stderr
+    made = tifffile.imread(tmp_path / "a.tif")
+    assert made.dtype == np.float32 and abs(made[12, 12] - 20).max() < 0.5 and abs(made[:6, 24:] - 0.2).max() < 0.03
+    done = tudsr("upscale", tmp_path / "in.tif", "-o", tmp_path / "b.tif", "--scale", 2)
+    assert "those above 1 are cut off" in done.stdout
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(photo, tmp_path):

@@ -130,6 +130,24 @@ def check_light_goes_in_and_out_to_the_bit():
 
 
 @with_packages
+def check_a_folder_keeps_floats():
+    import OpenEXR
+
+    light = np.random.default_rng(2).normal(0.5, 2, (6, 8, 3)).astype(np.float32)
+    (ROOT / "input" / "shots").mkdir()
+    with OpenEXR.File({"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}, {"RGB": light}) as file:
+        file.write(str(ROOT / "input" / "shots" / "a.exr"))
+    image, _, source, _, _ = NODES["TUDSRLoadFromFolder"].execute("shots", "*", False, 0).args
+    save = NODES["TUDSRSaveWithSourceName"].execute
+    (path,) = save(image, source, "shots", "", "as the source", 95, False).args
+    with OpenEXR.File(path) as file:
+        assert np.array_equal(file.channels()["RGB"].pixels, light)
+    (path,) = save(image, source, "shots", "", "jpg", 95, False).args
+    with Image.open(path) as made:
+        assert made.size == (8, 6)
+
+
+@with_packages
 def check_highlights_come_through_an_upscaler():
     import OpenEXR
 
@@ -144,6 +162,8 @@ def check_highlights_come_through_an_upscaler():
     with OpenEXR.File(path) as file:
         made = file.channels()["RGB"].pixels.astype(np.float32)
     assert made.shape == (64, 80, 3) and abs(made[32, 32] - 30).max() < 1 and abs(made[4:12, 60:76] - 0.25).max() < 0.03
+    (line, note) = said(SAVE(big, "lamp", "png 16 bit", "sRGB", source)).splitlines()
+    assert line.endswith("lamp_00002.png") and note.startswith("light above 1 and below 0 is cut off")
     (path,) = SAVE(big, "lamp", "exr half", "sRGB").args[0].splitlines()
     with OpenEXR.File(path) as file:
         assert file.channels()["RGB"].pixels.max() <= 1.001, "without the source there are no highlights"

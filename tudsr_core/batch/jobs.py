@@ -33,7 +33,7 @@ class Output:
     """How results are written: `bits` 8, 16 or 32 (None: as the source), JPEG / WebP quality, replacing.
 
     `max_megapixels` is what sources may have; None is the limit of `read_picture`. `rgb`: three channels, whatever
-    the source has; its transparency is left out.
+    the source has; its transparency is left out. `linear`: float TIFFs hold scene-linear light (None: they do not).
     """
 
     bits: int | None = None
@@ -41,6 +41,7 @@ class Output:
     overwrite: bool = False
     max_megapixels: float | None = None
     rgb: bool = False
+    linear: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_source(job: Job, output: Output, dry_run: bool = False) -> Picture:
     if not dry_run:
         for path in (job.output, *job.also):
             check_free(path, output.overwrite)
-    return read_picture(job.source, output.max_megapixels)
+    return read_picture(job.source, output.max_megapixels, bool(output.linear))
 
 
 def plan_job(

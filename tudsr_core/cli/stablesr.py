@@ -50,16 +50,12 @@ def stablesr_upscaler(
     options = StableSROptions()
     options = replace(options, **chosen, sample=replace(options.sample, **sampling))
     inventive = dials.get("inventive", NEUTRAL)
-    weight, note = fusion_weight(inventive), ""
-    if inventive != NEUTRAL:
-        if cfw is None or "fidelity" in dials:
-            why = (
-                "turns the weight of --cfw; add that"
-                if cfw is None
-                else "and --fidelity are one dial here; leave one out"
-            )
-            raise ValueError(f"--inventive {why}")
-        note = f"inventive {inventive:g} (CFW's weight {weight:g})"
+    weight, turned = fusion_weight(inventive), inventive != NEUTRAL
+    if turned and cfw is None:
+        raise ValueError("--inventive turns the weight of --cfw; add that")
+    if turned and "fidelity" in dials:
+        raise ValueError("--inventive and --fidelity are one dial here; leave one out")
+    note = f"inventive {inventive:g} (CFW's weight {weight:g})" if turned else ""
     networks = load_stablesr_networks(Path(model), stablesr, cfw, dials.get("fidelity", weight), **loading)
     style = Style(prefix="", suffix="", negative=NEGATIVE if negative is None else negative)
     return Zoom(networks, options, fixed(prompt or "", style), note)

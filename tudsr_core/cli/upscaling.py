@@ -132,6 +132,9 @@ def prepare(
         int | None, typer.Option(help="8 or 16 per channel, 32 for floats (.tif, .exr); default: as the input.")
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Float TIFFs hold scene-linear light, as OpenEXR does.")
+    ] = False,
     suffix: FormatOption = None,
     force: ForceOption = False,
     max_megapixels: MegapixelsOption = None,
@@ -139,8 +142,9 @@ def prepare(
     """Load what these options ask for; returns the `Work` on every picture, and what describes a run."""
     from ..backends import AdapterOptions
     from ..batch import Output, Work, describe_run
-    from ..methods import TwoStage, UpscaleOptions
+    from ..methods import NEUTRAL, TwoStage, UpscaleOptions
 
+    inventive = None if inventive == NEUTRAL else inventive
     if bits not in (None, 8, 16, 32):
         raise ValueError(f"--bits {bits} is not possible; use 8, 16 or 32")
     tiles = given(tile_px=tile, overlap_px=overlap)
@@ -168,7 +172,7 @@ def prepare(
         use = AdapterOptions(method and method.value, timestep, prompt=prompt, tokenizer=tokenizer, **weights)
         upscaler = TwoStage(load_model(model, stage_one, stage_two, device, dtype, use), options)
     numbers = given(steps=steps, timestep=timestep, fidelity=fidelity, detail=detail, inventive=inventive)
-    work = Work(lambda job: upscaler, target, Output(bits, quality, force, max_megapixels))
+    work = Work(lambda job: upscaler, target, Output(bits, quality, force, max_megapixels, linear=linear or None))
 
     def describe() -> dict:
         return describe_run(_files(model, files), upscaler.options, target, work.output, **words, **numbers)
@@ -197,6 +201,8 @@ def upscale(
         raise ValueError("--pyramid belongs to --blocks; add it")
     if blocks and ray:
         raise ValueError("--blocks computes one picture on this machine; leave out --ray")
+    if blocks and options["linear"]:
+        raise ValueError("--blocks reads no scene-linear pictures; leave out --linear")
     if ship and not ray:
         raise ValueError("--ship belongs to --ray; add it")
     jobs = plan_jobs(inputs, output, ending(options["suffix"]), recursive)
