@@ -19,6 +19,7 @@ NODES = (
     ("loaders", "LoadEmbedded LoadAdapter"),
     ("upscale", "Upscale StageOne StageTwo"),
     ("folders", "UpscaleFolder LoadFromFolder SaveWithSourceName"),
+    ("picture_files", "LoadPicture SavePicture"),
     ("plan", "Plan"),
     ("one_step", "OneStepSigmas OneStepLatent"),
     ("multidiffusion", "MultiDiffusion"),

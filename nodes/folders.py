@@ -19,14 +19,15 @@ from ..tudsr_core.batch import (
     plan_jobs,
     run_jobs,
 )
-from ..tudsr_core.methods import TwoStage
-from ..tudsr_core.pictures import FORMATS, Picture, pictures_in, read_picture, resize, write_picture
+from ..tudsr_core.methods import NEUTRAL, TwoStage
+from ..tudsr_core.pictures import FORMATS, Picture, bits_for, pictures_in, read_picture, resize, write_picture
 from .host.folders import Cancelled, FolderProgress, fingerprint, result_folder, source_folder
 from .host.networks import ProgressBar
 from .host.stages import build_stage, combine
 from .images import rgb
 from .inputs import (
     CATEGORY,
+    inventive_input,
     later_inputs,
     long_edge_input,
     shared_inputs,
@@ -38,7 +39,7 @@ from .inputs import (
 from .upscale import options_from, target_from
 
 SourceType = io.Custom("PICTURE_SOURCE")
-TYPES = {"as the source": None, "png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
+TYPES = {"as the source": None, "png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif", "exr": ".exr"}
 EIGHT_BIT = {"jpg": 8, "webp": 8}  # what they hold, whatever the source has
 SHOWN_ERRORS = 20
 
@@ -71,7 +72,8 @@ def type_inputs() -> list[io.Input]:
             "file_type",
             options=list(TYPES),
             default="as the source",
-            tooltip="File type of the results. png and tif hold 16 bit; jpg holds no transparency.",
+            tooltip="File type of the results. png and tif hold 16 bit, exr light of any range; jpg holds no "
+            "transparency.",
         ),
         io.Int.Input("quality", default=95, min=1, max=100, tooltip="Of JPEG and WebP."),
         switch_input(
@@ -114,6 +116,7 @@ class UpscaleFolder(io.ComfyNode):
                 stage_input("stage_two", "two", " Needed above x3 or x4.", optional=True),
                 *later_inputs(),
                 long_edge_input(),
+                inventive_input(),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="What was done, in words, as this node shows it."),
@@ -145,16 +148,20 @@ class UpscaleFolder(io.ComfyNode):
         replace,
         stage_two=None,
         long_edge=0,
+        inventive=NEUTRAL,
         **options,
     ) -> io.NodeOutput:
         source, into = source_folder(folder), result_folder(output)
-        first = build_stage(stage_one, vae, conditioning, 1, 0)
-        second = build_stage(stage_two, vae, conditioning, 2, 0) if stage_two is not None else None
+        first = build_stage(stage_one, vae, conditioning, 1, 0, inventive=inventive)
+        second = None
+        if stage_two is not None:
+            second = build_stage(stage_two, vae, conditioning, 2, 0, inventive=inventive)
         upscaler = TwoStage(combine(first, second), options_from(options))
         target = target_from(scale, width, height, long_edge)
         work = Work(lambda job: upscaler, target, Output(EIGHT_BIT.get(file_type), quality, replace))
         model = fingerprint(stage_one, stage_two, vae, conditioning)
-        settings = describe_run({}, upscaler.options, target, work.output, model=model, format=TYPES[file_type])
+        more = dict(model=model, format=TYPES[file_type], inventive=None if inventive == NEUTRAL else inventive)
+        settings = describe_run({}, upscaler.options, target, work.output, **more)
         wanted = set(sources_in(source, pattern, recursive))
         jobs = [job for job in plan_jobs([source], into, TYPES[file_type], recursive) if job.source in wanted]
         progress = FolderProgress(len(jobs), ProgressBar(stage_one))
@@ -258,14 +265,14 @@ class SaveWithSourceName(io.ComfyNode):
     @classmethod
     def execute(cls, image, source, output, ending, file_type, quality, replace, mask=None) -> io.NodeOutput:
         root, place, paths = result_folder(""), source.place, []
-        facts = dataclasses.replace(source.picture, bits=EIGHT_BIT.get(file_type, source.picture.bits))
         kept = place.suffix if place.suffix.lower() in FORMATS else ".png"
         folder = (result_folder(output) / place).parent
         folder.mkdir(parents=True, exist_ok=True)
         for number, pixels in enumerate(rgb(image).split(1)):
-            picture = _with_pixels(facts, pixels, None if mask is None else mask[number % len(mask)])
             count = f"-{number + 1}" if number else ""
             path = folder.joinpath(place.name).with_name(f"{place.stem}{ending}{count}{TYPES[file_type] or kept}")
+            facts = dataclasses.replace(source.picture, bits=bits_for(source.picture, path, EIGHT_BIT.get(file_type)))
+            picture = with_pixels(facts, pixels, None if mask is None else mask[number % len(mask)])
             if path.exists() and not replace:
                 raise ValueError(f"{path} is there already; turn 'replace' on, or give another ending or output")
             write_picture(path, picture, overwrite=replace, quality=quality)
@@ -275,7 +282,7 @@ class SaveWithSourceName(io.ComfyNode):
         return io.NodeOutput("\n".join(map(str, paths)), ui=ui.SavedImages(saved))
 
 
-def _with_pixels(picture: Picture, pixels: torch.Tensor, mask: torch.Tensor | None) -> Picture:
+def with_pixels(picture: Picture, pixels: torch.Tensor, mask: torch.Tensor | None) -> Picture:
     """Return `picture` with other pixels `1 3 H W`; it stays grey where they are."""
     grey = picture.is_grey and bool((pixels.amax(1) - pixels.amin(1)).max() < 1 / 512)
     if mask is not None:

@@ -35,7 +35,8 @@ class ColorFix(io.ComfyNode):
                     options=list(COLOR_FIXES),
                     default=UpscaleOptions().color_fix,
                     tooltip="wavelet: keep detail, take all low frequencies from the source (safest). "
-                    "adain: match mean and contrast of each channel. none: only clamp.",
+                    "adain: match mean and contrast of red, green and blue. lab: match those of lightness and of "
+                    "the two colour axes of CIELAB, so that contrast moves no hue. none: only clamp.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The picture in its source's colours.")],

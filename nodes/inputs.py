@@ -9,7 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..tudsr_core.methods import UpscaleOptions
+from ..tudsr_core.methods import NEUTRAL, UpscaleOptions
 from ..tudsr_core.pictures import COLOR_FIXES
 from ..tudsr_core.tiling import AUTO_TILES_PX
 from .host.tile_texts import TilePromptsType
@@ -116,7 +116,8 @@ def color_fix_input() -> io.Input:
         "color_fix",
         options=list(COLOR_FIXES),
         default=DEFAULTS.color_fix,
-        tooltip="How colours follow the input. wavelet is safest; none shows the bare model.",
+        tooltip="How colours follow the input. wavelet is safest; adain matches mean and contrast of red, green and "
+        "blue; lab those of lightness and colour (CIELAB); none shows the bare model.",
     )
 
 
@@ -197,6 +198,21 @@ def long_edge_input() -> io.Input:
     """Return the last of the target's inputs: optional and behind all others, so that older workflows still fit."""
     says = "Enlarge until the longer side has this length instead; 0: use the scale, width or height."
     return side_input("long_edge", says, optional=True)
+
+
+def inventive_input() -> io.Input:
+    """Return the dial that all upscalers share: optional and behind all others, so that older workflows still fit."""
+    return float_input(
+        "inventive",
+        NEUTRAL,
+        "From faithful (0) to inventive (1); 0.5: as trained, and as the loader's own dials are set. TUDSR, OMGSR, "
+        "HYPIR, OSEDiff: half to one and a half of what the step changes. PiSA-SR: its detail, from none to 1.5. "
+        "InvSR: up to 5 steps above 0.5, less of its change below. The embedded model sharpens less or more and never "
+        "invents. TUDSR Plan says what it comes to.",
+        most=1.0,
+        optional=True,
+        display_mode=io.NumberDisplay.slider,
+    )
 
 
 def plan_input() -> io.Input:

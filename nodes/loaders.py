@@ -195,16 +195,17 @@ class LoadAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         number = _stage_number(stage)
         loaded = read_adapter(find_adapter(adapter), None if method == "from file" else method, number)
-        removed = lora_patches(loaded.detail, unet_keys(model))
+        loaded.dials(fidelity, detail)  # those of another method are refused
+        semantic = (lora_patches(loaded.detail, unet_keys(model)), strength) if loaded.detail else None
         facts = StageFacts(
             adapter,
             loaded.stage,
             loaded.method,
             steps=loaded.steps,
             count=steps,
-            branches=tuple(
-                (weight, {} if full else removed, -strength) for weight, full in loaded.dials(fidelity, detail)
-            ),
+            fidelity=fidelity,
+            detail=detail,
+            semantic=semantic,
             predictor=ManagedPredictor(loaded) if loaded.predictor else None,
             vae=VAEChange(adapter, strength, loaded.vae) if loaded.vae else None,
         )

@@ -62,7 +62,7 @@ class OneStepLatent(io.ComfyNode):
 def _timestep(model, timestep: int) -> int:
     facts = trained_facts(model, timestep)
     steps = facts.steps_for(facts.stage or 1, timestep)
-    if len(steps) > 1 or len(facts.branches) > 1 or steps[0] != from_noise_level(steps[0].t):
+    if len(steps) > 1 or facts.semantic or steps[0] != from_noise_level(steps[0].t):
         raise ValueError(
             f"{facts.name!r} ({METHODS[facts.method].title}) does not take its step from a noise level, which is all a "
             "stock sampler can do; use TUDSR Stage One"

@@ -10,12 +10,22 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..tudsr_core.methods import UpscalePlan, plan_for
+from ..tudsr_core.methods import NEUTRAL, UpscalePlan, plan_for
 from ..tudsr_core.pictures import resize
 from ..tudsr_core.tiling import TilePlan
 from .host.stages import build_stage, combine
 from .images import rgb
-from .inputs import CATEGORY, DEFAULTS, later_inputs, long_edge_input, stage_input, target_inputs, tile_inputs
+from .inputs import (
+    CATEGORY,
+    DEFAULTS,
+    TilePlanType,
+    inventive_input,
+    later_inputs,
+    long_edge_input,
+    stage_input,
+    target_inputs,
+    tile_inputs,
+)
 from .upscale import target_from
 
 
@@ -41,11 +51,15 @@ class Plan(io.ComfyNode):
                 tile_batch,
                 *later_inputs(),
                 long_edge_input(),
+                inventive_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="The picture with the last stage's tiles."),
                 io.String.Output(display_name="text", tooltip="The plan in words, as this node shows it."),
                 io.Int.Output(display_name="calls", tooltip="Number of network evaluations for one picture."),
+                TilePlanType.Output(
+                    display_name="plan", tooltip="The last stage's tiles, for Compare Pictures to look for seams."
+                ),
             ],
             is_output_node=True,
         )
@@ -65,15 +79,17 @@ class Plan(io.ComfyNode):
         published=DEFAULTS.published,
         native_size=DEFAULTS.native_size,
         long_edge=0,
+        inventive=NEUTRAL,
     ) -> io.NodeOutput:
-        stage = build_stage(stage_one, vae, None, 1, 0)
+        stage = build_stage(stage_one, vae, None, 1, 0, inventive=inventive)
         tiles = {"tile_px": tile, "overlap_px": overlap, "tile_batch": tile_batch}
         options = replace(DEFAULTS, **tiles, published=published, native_size=native_size)
         model = combine(stage, stage)
         pixels = rgb(image)
         plan = plan_for(model, tuple(pixels.shape[-2:]), target_from(scale, width, height, long_edge), options)
         text = "\n".join(plan.describe())
-        return io.NodeOutput(draw_grid(pixels[:1], plan), text, plan.calls, ui=ui.PreviewText(text))
+        tiles = plan.stages[-1].tiles
+        return io.NodeOutput(draw_grid(pixels[:1], plan), text, plan.calls, tiles, ui=ui.PreviewText(text))
 
 
 def draw_grid(image: Tensor, plan: UpscalePlan) -> Tensor:

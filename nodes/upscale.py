@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..tudsr_core.methods import StageLimits, Target, TwoStageModel, UpscaleOptions, upscale
+from ..tudsr_core.methods import NEUTRAL, StageLimits, Target, TwoStageModel, UpscaleOptions, upscale
 from ..tudsr_core.pictures import resize
 from .host.networks import ProgressBar
 from .host.result_cache import ResultCache
@@ -19,6 +19,7 @@ from .inputs import (
     CATEGORY,
     DEFAULTS,
     float_input,
+    inventive_input,
     later_inputs,
     long_edge_input,
     shared_inputs,
@@ -75,10 +76,13 @@ def run(
     `given` are the objects that `model` was made of. The last result is returned again when all is as
     it was, but for a seed that draws nothing.
     """
-    stages = [(stage.name, stage.steps) for stage in (model.first, model.second) if stage]
-    values = target, options if model.draws(options) else replace(options, seed=0), model.limits, stages
+    stages = [stage for stage in (model.first, model.second) if stage]
+    facts = [(stage.name, stage.steps, stage.strength, [weight for weight, _ in stage.branches]) for stage in stages]
+    values = target, options if model.draws(options) else replace(options, seed=0), model.limits, facts
+    turned = dict.fromkeys(f"{stage.name}: {stage.dial}" for stage in stages if stage.dial)
+    said = ui.PreviewText("\n".join(turned)) if turned else None
     if made := _results.find(image, (mask, *given), values):
-        return io.NodeOutput(*made)
+        return io.NodeOutput(*made, ui=said)
     pixels = image.movedim(-1, 1).float()
     if mask is not None and pixels.shape[1] == 3:
         pixels = torch.cat([pixels, 1 - _fit_mask(mask, pixels)], 1)
@@ -86,7 +90,7 @@ def run(
     alpha = 1 - result[..., 3] if result.shape[-1] == 4 else torch.zeros(result.shape[:3])
     made = result[..., :3], alpha
     _results.keep(image, (mask, *given), values, made)
-    return io.NodeOutput(*made)
+    return io.NodeOutput(*made, ui=said)
 
 
 def _fit_mask(mask: Tensor, pixels: Tensor) -> Tensor:
@@ -128,6 +132,7 @@ class Upscale(io.ComfyNode):
                 *tile_prompt_inputs(TILE_PROMPTS_SAY),
                 *later_inputs(),
                 long_edge_input(),
+                inventive_input(),
             ],
             outputs=outputs(),
         )
@@ -147,10 +152,13 @@ class Upscale(io.ComfyNode):
         tile_prompts=None,
         clip=None,
         long_edge=0,
+        inventive=NEUTRAL,
         **options,
     ) -> io.NodeOutput:
-        first = build_stage(stage_one, vae, conditioning, 1, 0, tile_prompts, clip)
-        second = build_stage(stage_two, vae, conditioning, 2, 0) if stage_two is not None else None
+        first = build_stage(stage_one, vae, conditioning, 1, 0, tile_prompts, clip, inventive)
+        second = None
+        if stage_two is not None:
+            second = build_stage(stage_two, vae, conditioning, 2, 0, inventive=inventive)
         target = target_from(scale, width, height, long_edge)
         given = stage_one, stage_two, vae, conditioning, tile_prompts, clip
         return run(image, mask, combine(first, second), target, options_from(options), given)
@@ -178,15 +186,27 @@ class StageOne(io.ComfyNode):
                 *shared_inputs(),
                 *tile_prompt_inputs(TILE_PROMPTS_SAY),
                 *later_inputs(),
+                inventive_input(),
             ],
             outputs=outputs(),
         )
 
     @classmethod
     def execute(
-        cls, image, model, vae, conditioning, factor, timestep, mask=None, tile_prompts=None, clip=None, **options
+        cls,
+        image,
+        model,
+        vae,
+        conditioning,
+        factor,
+        timestep,
+        mask=None,
+        tile_prompts=None,
+        clip=None,
+        inventive=NEUTRAL,
+        **options,
     ) -> io.NodeOutput:
-        stage = build_stage(model, vae, conditioning, 1, timestep, tile_prompts, clip)
+        stage = build_stage(model, vae, conditioning, 1, timestep, tile_prompts, clip, inventive)
         return _single(image, stage, factor, mask, options, (model, vae, conditioning, tile_prompts, clip))
 
 
@@ -207,11 +227,14 @@ class StageTwo(io.ComfyNode):
                 timestep_input(50),
                 *shared_inputs(),
                 *later_inputs(),
+                inventive_input(),
             ],
             outputs=outputs(),
         )
 
     @classmethod
-    def execute(cls, image, model, vae, conditioning, factor, timestep, mask=None, **options) -> io.NodeOutput:
-        stage = build_stage(model, vae, conditioning, 2, timestep)
+    def execute(
+        cls, image, model, vae, conditioning, factor, timestep, mask=None, inventive=NEUTRAL, **options
+    ) -> io.NodeOutput:
+        stage = build_stage(model, vae, conditioning, 2, timestep, inventive=inventive)
         return _single(image, stage, factor, mask, options, (model, vae, conditioning))

@@ -32,7 +32,7 @@ ROOMS = {
     "backends": "untrusted tiling diffusion vae methods weights models",
     "batch": "untrusted missing_packages atomic_write pictures tiling methods",
     "degrading": "atomic_write pictures models batch",
-    "evaluation": "assets atomic_write pictures methods untrusted",
+    "evaluation": "assets atomic_write pictures tiling methods untrusted",
     "training": "untrusted atomic_write pictures diffusion methods weights models backends evaluation",
     "cli": "untrusted missing_packages pictures diffusion prompts methods weights models backends batch degrading "
     "evaluation training",
@@ -48,6 +48,7 @@ ONLY_INSIDE_FUNCTIONS = {
     "sklearn",
     "tifffile",
     "imagecodecs",
+    "OpenEXR",
     "ray",
 }
 

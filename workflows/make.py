@@ -60,7 +60,9 @@ For invented detail use SD2.1 with TUDSR adapters (template 02).
 
 - **scale**: any factor, or set **width** / **height**
 - **tile**: 0 picks the side; set 256 if memory runs out
-- **color_fix**: keep *wavelet* for photos""",
+- **color_fix**: keep *wavelet* for photos
+- **inventive**: here how strongly it sharpens; 0.5 as trained
+- *Compare Pictures*: drag the divider, zoom with the wheel""",
     "02-sd21-two-stage": """## Two stages on SD2.1-base
 1. Put **v2-1_512-ema-pruned.safetensors** into `models/checkpoints`.
 2. Put the stage adapters into `models/tudsr` and choose them.

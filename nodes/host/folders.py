@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ...tudsr_core.batch import Job, OpenJob, Outcome, State, Summary
 from ...tudsr_core.methods import Tick
+from ...tudsr_core.pictures import FORMATS, pictures_in
 from .networks import ProgressBar
 from .stages import facts_of
 
@@ -33,6 +35,36 @@ def source_folder(name: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist; check the path")
     return folder
+
+
+def input_pictures() -> list[str]:
+    """Return the names of the pictures in ComfyUI's input folder, for a chooser."""
+    folder = Path(folder_paths.get_input_directory())
+    return [path.name for path in pictures_in(folder)] if folder.is_dir() else []
+
+
+def source_picture(name: str) -> Path:
+    """Return a picture inside ComfyUI's input folder; raises ValueError where it is not there, or outside."""
+    root = os.path.realpath(folder_paths.get_input_directory())
+    path = os.path.realpath(os.path.join(root, name))
+    if os.path.commonpath((root, path)) != root or not os.path.isfile(path):
+        raise ValueError(f"there is no picture {name} in ComfyUI's input folder {root}; put it there, then press R")
+    return Path(path)
+
+
+def free_name(name: str, suffix: str) -> Path:
+    """Return a path in ComfyUI's output folder that nothing has: `name`, which may begin with folders, and a number.
+
+    Raises ValueError for one outside, and for a name that is none.
+    """
+    place = Path(name)
+    place = place.with_suffix("") if place.suffix.lower() in FORMATS else place
+    if not place.stem or place.stem != place.stem.strip("."):
+        raise ValueError(f"{name!r} is no name for a file; write one such as tudsr, or folder/tudsr")
+    folder = result_folder(place.parent.as_posix())
+    taken = {path.stem for path in folder.iterdir()}
+    number = next(number for number in itertools.count(1) if f"{place.name}_{number:05}" not in taken)
+    return folder / f"{place.name}_{number:05}{suffix}"
 
 
 def result_folder(name: str) -> Path:

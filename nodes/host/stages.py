@@ -10,7 +10,18 @@ import comfy.model_sampling
 import torch
 
 from ...tudsr_core.diffusion import OneStep, scaled_linear
-from ...tudsr_core.methods import METHODS, Method, NoisePredictor, Stage, StageLimits, TwoStageModel
+from ...tudsr_core.methods import (
+    METHODS,
+    NEUTRAL,
+    Dials,
+    Method,
+    NoisePredictor,
+    Stage,
+    StageLimits,
+    TwoStageModel,
+    branch_weights,
+    turned,
+)
 from .adapters import VAEChange, with_change
 from .networks import ComfyNetworks
 from .tile_texts import TileTexts
@@ -25,8 +36,8 @@ class StageFacts:
     """What an adapter says of itself; travels on the MODEL as an attachment.
 
     `method`: None for a model of no published method, which then has `steps`. `steps`: the file's own
-    formula, None for the method's, in `count` evaluations. `branches`:
-    `(w_j, patches, strength)` per branch of eps = sum of w_j B_j, the patches to add to MODEL for it.
+    formula, None for the method's, in `count` evaluations. `fidelity` and `detail`: PiSA-SR's dials; `semantic`:
+    its detail patches and the strength at which they are on MODEL.
     `vae`: the adapter's own changes of the VAE.
     """
 
@@ -36,7 +47,9 @@ class StageFacts:
     steps: tuple[OneStep, ...] | None = None
     count: int = 1
     limits: StageLimits = field(default_factory=StageLimits)
-    branches: tuple[tuple[float, dict[str, Any], float], ...] = ((1.0, {}, 0.0),)
+    fidelity: float = 1.0
+    detail: float = 1.0
+    semantic: tuple[dict[str, Any], float] | None = None
     predictor: NoisePredictor | None = None
     vae: VAEChange | None = None
 
@@ -50,6 +63,21 @@ class StageFacts:
         if self.steps and not timestep:
             return self.steps
         return (self.about or METHODS["tudsr"]).steps(number, self.count, timestep)
+
+    def turned(self, inventive: float) -> tuple[StageFacts, Dials]:
+        """Return these facts with the dial from faithful to inventive turned, and what it set; raises ValueError."""
+        dials = turned(inventive, self.about, self.count, self.fidelity, self.detail)
+        steps = self.steps if dials.count == self.count else None
+        changes = dict(steps=steps, count=dials.count, fidelity=dials.fidelity, detail=dials.detail)
+        return replace(self, **changes), dials
+
+    def branches(self) -> list[tuple[float, dict[str, Any], float]]:
+        """Return `(w_j, patches, strength)` per branch of eps = sum of w_j B_j, the patches to add to MODEL for it."""
+        if self.semantic is None:
+            return [(1.0, {}, 0.0)]
+        patches, strength = self.semantic
+        weights = branch_weights(self.fidelity, self.detail)
+        return [(weight, {} if full else patches, -strength) for weight, full in weights]
 
 
 def attach(model: Any, facts: StageFacts) -> Any:
@@ -88,6 +116,7 @@ def build_stage(
     timestep: int,
     tile_prompts: Any = None,
     clip: Any = None,
+    inventive: float = NEUTRAL,
 ) -> Stage:
     """Return stage `number` over ComfyUI's objects; `timestep` 0 takes the adapter's own (or 200 / 50).
 
@@ -95,7 +124,7 @@ def build_stage(
     `tile_prompts` (TilePrompts), encoded by `clip`, take the place of `conditioning` where the method
     was trained with a text per picture, and are ignored with a word where it was not.
     `vae` may be the checkpoint's or that of any adapter's loader: this stage gets it with the changes of its
-    own adapter and no other's.
+    own adapter and no other's. `inventive` is the core's dial.
 
     Raises ValueError for a MODEL without an adapter or with one of the other stage, for models that do
     not predict eps on Stable Diffusion's schedule, for a VAE or CONDITIONING of another model, and for
@@ -107,6 +136,7 @@ def build_stage(
             f"{facts.name!r} is a stage-{_word(facts.stage)} adapter, but it is connected as stage {_word(number)}; "
             "swap the two MODEL inputs"
         )
+    facts, dials = facts.turned(inventive)
     steps = facts.steps_for(number, timestep)
     _check_model(model, steps)
     check_companions(model, vae, conditioning)
@@ -114,7 +144,7 @@ def build_stage(
     texts = _texts(facts, tile_prompts, clip)
     networks = [
         (weight, ComfyNetworks(_with(model, patches, strength), vae, conditioning, texts))
-        for weight, patches, strength in facts.branches
+        for weight, patches, strength in facts.branches()
     ]
     alone = len(networks) == 1 and networks[0][0] == 1
     return Stage(
@@ -124,6 +154,8 @@ def build_stage(
         branches=() if alone else tuple(networks),
         predictor=facts.predictor,
         about=facts.about,
+        strength=dials.strength,
+        dial=dials.words,
     )
 
 

@@ -135,6 +135,61 @@ def test_16_bit_with_alpha_and_profile_survives_the_whole_way(tmp_path):
     assert len(torch.unique((made.pixels[:, 3] * 65535).round())) > 1000
 
 
+def test_the_dial_changes_the_picture_and_a_folder_remembers_it(photo, tmp_path):
+    made = {}
+    for name, place in (("none", ()), ("half", ("--inventive", 0.5)), ("high", ("--inventive", 0.9))):
+        done = tudsr("upscale", photo, "-o", tmp_path / f"{name}.png", "--scale", 2, *place)
+        assert done.returncode == 0, done.stderr
+        made[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert "inventive 0.9 (x1.4 of its sharpening, which invents nothing)" in done.stdout
+    assert made["none"] == made["half"] != made["high"]
+    assert tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 2, "--inventive", 0.9).returncode == 0
+    again = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 2)
+    assert again.returncode == 1 and "inventive 0.9, now not set" in again.stderr
+
+
+def test_openexr_in_and_out(photo, tmp_path):
+    import OpenEXR
+
+    light = np.full((12, 16, 3), 0.2, np.float16)
+    light[4:8, 4:8] = 20
+    header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
+    (tmp_path / "in").mkdir()
+    with OpenEXR.File(header, {"RGB": light}) as file:
+        file.write(str(tmp_path / "in" / "scene.exr"))
+    done = tudsr("upscale", tmp_path / "in", photo, "-o", tmp_path / "out", "--scale", 4)
+    assert done.returncode == 0, done.stderr
+    assert pictures(tmp_path / "out") == ["photo.png", "scene.exr"]
+    with OpenEXR.File(str(tmp_path / "out" / "scene.exr")) as file:
+        made = file.channels()["RGB"].pixels
+    assert made.dtype == np.float16 and made.shape == (48, 64, 3)
+    assert abs(made[24, 24].astype(float) - 20).max() < 0.5 and abs(made[:8, 40:].astype(float) - 0.2).max() < 0.03
+    done = tudsr("upscale", tmp_path / "in" / "scene.exr", "-o", tmp_path / "x.png", "--scale", 2)
+    assert "light above 1 and below 0 is cut off, because PNG holds none; .exr keeps it" in done.stdout, done.stderr
+    assert size(tmp_path / "x.png") == (32, 24)
+    done = tudsr("upscale", photo, "-o", tmp_path / "y.exr", "--scale", 2, "--bits", 32)
+    assert done.returncode == 0, done.stderr
+    with OpenEXR.File(str(tmp_path / "y.exr")) as file:
+        assert file.channels()["RGB"].pixels.dtype == np.float32
+    done = tudsr("upscale", photo, "-o", tmp_path / "y.png", "--scale", 2, "--bits", 32)
+    assert done.returncode == 1 and "PNG cannot hold floats; use .tif or .exr" in done.stderr
+    done = tudsr("upscale", tmp_path / "in" / "scene.exr", "-o", tmp_path / "b.tif", "--scale", 2, "--blocks")
+    assert done.returncode == 1 and "light above 1 or below 0, which is not carried from block to block" in done.stderr
+
+
+def test_float_tiffs_hold_light_if_asked(tmp_path):
+    light = np.full((12, 16, 3), 0.2, np.float32)
+    light[4:8, 4:8] = 20
+    tifffile.imwrite(tmp_path / "in.tif", light, photometric="rgb")
+    scale = "--scale", 2, "--bits", 32
+    done = tudsr("upscale", tmp_path / "in.tif", "-o", tmp_path / "a.tif", *scale, "--linear")
+    assert done.returncode == 0, done.stderr
+    made = tifffile.imread(tmp_path / "a.tif")
+    assert made.dtype == np.float32 and abs(made[12, 12] - 20).max() < 0.5 and abs(made[:6, 24:] - 0.2).max() < 0.03
+    done = tudsr("upscale", tmp_path / "in.tif", "-o", tmp_path / "b.tif", "--scale", 2)
+    assert "those above 1 are cut off" in done.stdout
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(photo, tmp_path):
     done = tudsr("upscale", photo, "-o", tmp_path / "out", "--scale", 8, "--dry-run")
     assert done.returncode == 0
@@ -155,6 +210,7 @@ BAD = {
     "missing base": (["--model", "none.ckpt", "--stage-one", "x"], "none.ckpt does not exist"),
     "missing model": (["--model", "none.safetensors"], "none.safetensors does not exist"),
     "cuda": (["--device", "cuda"], "'cuda' is not available"),
+    "inventive": (["--inventive", 2], "inventive 2 must be from 0 (faithful) to 1 (inventive)"),
 }
 
 

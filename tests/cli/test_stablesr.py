@@ -53,16 +53,19 @@ def test_a_picture_from_the_published_files(files, tmp_path):
     assert read_picture(tmp_path / "plain.png").pixels.shape == (1, 3, 118, 186)
     assert made("batch.png", "--tile-batch", 4) == plain
     cfw = "--cfw", files / "vqgan_cfw_00011.ckpt"
-    assert made("off.png", *cfw, "--fidelity", 0) == plain
+    assert made("off.png", *cfw, "--fidelity", 0) == made("free.png", *cfw, "--inventive", 1) == plain
+    assert made("half.png", *cfw, "--inventive", 0.5) == made("cfw.png", *cfw)
     assert len({plain, made("cfw.png", *cfw), made("guided.png", "--guidance", 7, "--seed", 4)}) == 3
 
 
 def test_the_plan_is_shown_before_anything_runs(files, tmp_path):
     own = "--stablesr", files / "stablesr.safetensors", "--guidance", 7
+    own += "--cfw", files / "vqgan_cfw_00011.ckpt", "--inventive", 0.2
     done = run(files, "-o", tmp_path / "a.png", *own, "--dry-run")
     assert done.returncode == 0 and not (tmp_path / "a.png").exists()
     text = " ".join(done.stdout.split())
     assert "30 x 19 to 246 x 156, 24 network calls" in text and "6 tiles (3 x 2) of 128 x 128, 2 steps" in text
+    assert "inventive 0.2 (CFW's weight 0.8)" in text
 
 
 def test_what_cannot_be_is_one_line(files, tmp_path):
@@ -75,6 +78,8 @@ def test_what_cannot_be_is_one_line(files, tmp_path):
         ((*own, "--cfw", files / "stablesr.safetensors"), "CFW"),
         (("--stablesr", files / "vqgan_cfw_00011.ckpt"), "none of StableSR's tensors"),
         ((*own, "--cfw", files / "vqgan_cfw_00011.ckpt", "--fidelity", 1.5), "fidelity 1.5"),
+        ((*own, "--inventive", 0.2), "--inventive turns the weight of --cfw; add that"),
+        ((*own, "--cfw", "x", "--fidelity", 0.5, "--inventive", 0.2), "--inventive and --fidelity are one dial here"),
         (("--stage-one", files / "one", "--steps", 1, "--guidance", 7), "does not have --guidance"),
     ):
         done = run(files, *out, *more)

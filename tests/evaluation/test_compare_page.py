@@ -50,6 +50,11 @@ def test_the_command_writes_a_page_and_says_what_is_wrong(pictures, noise, tmp_p
     done = tudsr("compare", small, large, "-o", page, "--reference", large)
     assert done.returncode == 0 and "large.png against reference: PSNR-Y 120.00 dB, SSIM 1.0000" in done.stdout
     assert "SSIM 1.0000" in page.read_text("utf-8")
+    done = tudsr("compare", small, large, "-o", page, "--force", "--tile", 64, "--overlap", 0)
+    # 80 x 120: rows from 0 and 16, columns from 0 and 56; the only step of the large picture is at column 60
+    assert "small.png, enlarged: edges at 4 tile borders are 1.00 times" in done.stdout, done.stderr
+    assert "large.png: edges at 4 tile borders are 0.00 times" in done.stdout
+    assert "seams 0.00" in page.read_text("utf-8")
     for arguments, says in (
         ((small, large, "-o", page), "exists"),
         ((small, large, "-o", tmp_path / "page.png"), "ends in .html"),

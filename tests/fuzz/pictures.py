@@ -12,6 +12,7 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
+import OpenEXR
 import tifffile
 from PIL import Image
 
@@ -54,7 +55,9 @@ def cases(rng: random.Random, folder: Path, count: int) -> Iterator[Case]:
 
 def suffix_of(data: bytes) -> str:
     """Return the suffix of the format that the file was, whatever is left of it."""
-    return {b"\x89P": ".png", b"\xff\xd8": ".jpg", b"RI": ".webp", b"II": ".tif", b"MM": ".tif"}.get(data[:2], ".png")
+    return {b"v/": ".exr", b"\x89P": ".png", b"\xff\xd8": ".jpg", b"RI": ".webp", b"II": ".tif", b"MM": ".tif"}.get(
+        data[:2], ".png"
+    )
 
 
 def read_whole(path: Path) -> None:
@@ -110,7 +113,20 @@ def whole_pictures(rng: random.Random) -> dict[str, bytes]:
     made["webp animated"] = saved(image, "WEBP", save_all=True, append_images=[image.rotate(90)])
     made["gif"] = saved(image.convert("RGB"), "GIF", save_all=True, append_images=[image.convert("L")])
     made["bmp"] = saved(image.convert("RGB"), "BMP")
-    return made | whole_tiffs(rgba, image)
+    return made | whole_tiffs(rgba, image) | whole_exrs(rgba)
+
+
+def whole_exrs(rgba: np.ndarray) -> dict[str, bytes]:
+    """Return OpenEXR files of every compression."""
+    made = {}
+    for name in ("NO", "RLE", "ZIPS", "ZIP", "PIZ", "PXR24", "B44", "DWAA"):
+        header = {"compression": getattr(OpenEXR, f"{name}_COMPRESSION"), "type": OpenEXR.scanlineimage}
+        for kind in (np.float16, np.float32):
+            file = io.BytesIO()
+            with OpenEXR.File(header, {"RGBA": np.ascontiguousarray(rgba / 64, kind)}) as picture:
+                picture.write(file)
+            made[f"exr {name} {kind.__name__}"] = file.getvalue()
+    return made
 
 
 def whole_tiffs(rgba: np.ndarray, image: Image.Image) -> dict[str, bytes]:

@@ -120,6 +120,29 @@ def check_pisa_dials_through_comfyui():
         assert stage.evaluations == (2 if fidelity != detail and detail else 1)
 
 
+def check_the_dial_turns_what_the_method_has():
+    stages = part("nodes.host.stages")
+    given = load_file(PUBLISHED / "inputs.safetensors")
+
+    def stage(name, inventive, **own):
+        model, vae, _ = load_published(name, **own)
+        vae.downscale_ratio = vae.upscale_ratio = 8
+        return stages.build_stage(model, vae, [[given["text"], {}]], 1, 0, inventive=inventive)
+
+    turned, own = stage("pisa_sr", 0.8), stage("pisa_sr", 0.5, detail=1.3)
+    assert [weight for weight, _ in turned.branches] == [weight for weight, _ in own.branches] and own.branches
+    assert turned.how.endswith("inventive 0.8 (detail 1.3)") and not own.dial
+    assert len(stage("noise_predictor", 1.0).steps) == 5 and stage("noise_predictor", 0.0).strength == 0.5
+    assert stage("omgsr", 0.7).strength == 1.2
+    for name, setting in (("pisa_sr", {"fidelity": 0.5}), ("noise_predictor", {"steps": 2})):
+        try:
+            stage(name, 0.8, **setting)
+        except ValueError as error:
+            assert "and the dial 'inventive' set the same thing" in str(error), error
+        else:
+            raise AssertionError(name)
+
+
 def check_adapters_work_with_another_lora_stacked():
     """Another LoRA on the same weights, before or after ours: both act, exactly."""
     base, vae = published_model()

@@ -152,6 +152,16 @@ def check_compared_pictures_come_with_their_figures():
     assert "text" not in compare(small[:1], large[:1]).ui
     assert compare(small[:1], small[1:]).ui["text"][0].startswith("before against after: ")
     refused(lambda: compare(small, torch.rand(3, 8, 8, 3)), "3 pictures but 2 in 'before'")
+    models = NODES["TUDSRLoadEmbedded"].execute().args
+    plan = NODES["TUDSRPlan"].execute(small[:1], models[0], models[2], 8.0, 0, 0, 64, 32, 1).args[3]
+    lines = compare(small[:1], torch.rand(1, 96, 128, 3), plan=plan).ui["text"][0].splitlines()
+    assert [line.split(" are ")[0] for line in lines] == [
+        "before, enlarged: edges at 5 tile borders",
+        "after: edges at 5 tile borders",
+    ], lines
+    refused(
+        lambda: compare(small[:1], torch.rand(1, 128, 96, 3), plan=plan), "these tiles are of a picture in the shape"
+    )
 
 
 main(globals())

@@ -147,6 +147,27 @@ def check_the_longer_edge_is_a_target():
     refused(lambda: upscale(4.0, image, models, long_edge=29), "smaller than the picture")
 
 
+def check_the_dial_changes_the_picture_and_says_how():
+    image, models = picture(1, 16, 16), embedded()
+    plain = upscale(8.0, image, models)
+    assert said(upscale(8.0, image, models, inventive=0.5)) == said(plain) == ""
+    pictures = {place: upscale(8.0, image, models, inventive=place) for place in (0.0, 0.5, 0.8)}
+    assert torch.equal(pictures[0.5].args[0], plain.args[0])
+    assert not torch.equal(pictures[0.0].args[0], pictures[0.8].args[0])
+    how = "inventive 0.8 (x1.3 of its sharpening, which invents nothing)"
+    assert said(pictures[0.8]).splitlines() == [f"stage one: {how}", f"stage two: {how}"]
+    plan = NODES["TUDSRPlan"].execute(image, models[0], models[2], 4.0, 0, 0, 0, 128, 1, inventive=0.8)
+    assert how in plan.args[1]
+    local, pipeline, target = (
+        part(f"tudsr_core.{name}") for name in ("backends.local", "methods.two_stage", "methods.plan")
+    )
+    options = pipeline.UpscaleOptions(128, 32, color_fix="none")
+    model = local.load_embedded("cpu", inventive=0.8)
+    wanted = pipeline.upscale(image.movedim(-1, 1), model, target.Target(scale=8), options).movedim(1, -1)
+    assert (pictures[0.8].args[0] - wanted).abs().max() < 1 / 255
+    refused(lambda: upscale(8.0, image, models, inventive=1.5), "must be from 0 (faithful) to 1 (inventive)")
+
+
 def check_conditionings_are_part_of_what_is_kept():
     image, (first, second, vae, words) = picture(1, 16, 16), embedded()
     stage = {"factor": 2.0, "timestep": 0} | base.OPTIONS

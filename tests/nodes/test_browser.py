@@ -115,7 +115,7 @@ def test_workflows_with_a_control_behind_the_seed_keep_their_places(browser_serv
             """() => Object.fromEntries(app.graph._nodes.find(n => n.type == 'TUDSRUpscale').widgets
                 .map(w => [w.name, w.value]))"""
         )
-        assert (values["seed"], values["published"], values["long_edge"]) == (0, False, 0)
+        assert (values["seed"], values["published"], values["long_edge"], values["inventive"]) == (0, False, 0, 0.5)
         assert "control_after_generate" not in values
 
 

@@ -1,6 +1,7 @@
 """Runs the `inside_*.py` scripts in ComfyUI's interpreter and reports each of their checks."""
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ SCRIPTS = [
         "inside_stablesr.py",
         "inside_folders.py",
         "inside_degrading.py",
+        "inside_pictures.py",
     )
 ]
 CHECKS = [
@@ -40,6 +42,15 @@ CHECKS = [
 ]
 
 
+def linked(folder):
+    """Return `folder` with links to what reads deep pictures, which ComfyUI's interpreter may not have."""
+    for name in ("tifffile", "imagecodecs", "OpenEXR"):
+        spec = importlib.util.find_spec(name)
+        place = Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin)
+        (folder / place.name).symlink_to(place)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     comfyui = find()
@@ -47,10 +58,11 @@ def results(tmp_path_factory):
         pytest.skip("no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON), or install one that `comfy which` finds")
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     files = write_for_comfyui(tmp_path_factory.mktemp("published"))
+    environment = os.environ | {"TUDSR_TEST_PACKAGES": str(linked(tmp_path_factory.mktemp("packages")))}
     found = {}
     for script in SCRIPTS:
         command = [python, str(script), str(comfyui), str(files)]
-        done = subprocess.run(command, capture_output=True, cwd=comfyui, encoding="utf-8")
+        done = subprocess.run(command, capture_output=True, cwd=comfyui, encoding="utf-8", env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         found[script.name] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion import scaled_linear
-from ..methods import Encoded, NoisePredictor, Predict, Stage, StageLimits, TwoStageModel
+from ..methods import NEUTRAL, Encoded, NoisePredictor, Predict, Stage, StageLimits, TwoStageModel, turned
 from ..models import SharedNetworks, build_predictor, load_networks
 from ..tiling import NetworkFacts, Tile
 from ..vae import ComputeTarget, Fusions, TiledVAE, VAECallables, fused_levels
@@ -217,15 +217,23 @@ class LocalNetworks:
         return x.to(self.backbone.device, self.backbone.dtype)
 
 
-def load_embedded(device: str = "auto", dtype: str = "fp32", path: Path | None = None) -> TwoStageModel:
-    """Return the model shipped with this package (or another `tudsr-model` file) as two stages."""
+def load_embedded(
+    device: str = "auto", dtype: str = "fp32", path: Path | None = None, inventive: float = NEUTRAL
+) -> TwoStageModel:
+    """Return the model shipped with this package (or another `tudsr-model` file) as two stages.
+
+    `inventive`: the dial of `methods.turned`; ValueError outside 0..1.
+    """
     path = path or embedded_path()
     file = read_model(path)
     vae, unet = load_networks(file.vae_config, file.vae, file.unet_config, file.unet, path)
     empty = torch.zeros(1, 1, unet.config.cross_attention_dim)
     backbone = Backbone(vae, unet, lambda *texts: empty.expand(len(texts), -1, -1), pick_device(device), DTYPES[dtype])
-    first = Stage(LocalNetworks(backbone), (file.first_step,), "stage one")
-    second = Stage(LocalNetworks(backbone, file.second.unet, name="stage two"), file.second.steps_for(2), "stage two")
+    dials = turned(inventive, None)
+    how = {"strength": dials.strength, "dial": dials.words}
+    second = LocalNetworks(backbone, file.second.unet, name="stage two")
+    first = Stage(LocalNetworks(backbone), (file.first_step,), "stage one", **how)
+    second = Stage(second, file.second.steps_for(2), "stage two", **how)
     return TwoStageModel(first, second, file.limits)
 
 
@@ -236,7 +244,7 @@ class AdapterOptions:
     `method`: for files that leave it open (peft folders: tudsr or omgsr). `timestep`: of stage one, 0
     for the method's own. `steps`: network evaluations per tile (InvSR). `prompt`: None for the
     method's own. `fidelity` and `detail`: PiSA-SR's l_pix and l_sem. `tokenizer`: CLIP's folder, for
-    prompts with a single-file base.
+    prompts with a single-file base. `inventive`: the dial of `methods.turned`, for both stages.
     """
 
     method: str | None = None
@@ -246,6 +254,7 @@ class AdapterOptions:
     fidelity: float = 1.0
     detail: float = 1.0
     tokenizer: Path | None = None
+    inventive: float = NEUTRAL
 
 
 def load_sd21(
@@ -305,18 +314,23 @@ def adapted_stage(backbone: Backbone, adapter: Adapter, options: AdapterOptions)
     prompt = adapter.about.prompt if options.prompt is None else options.prompt
     if prompt is None:
         log.warning("%s was trained with tags of each picture; without --prompt it gets the empty one", adapter.name)
+    adapter.dials(options.fidelity, options.detail)  # those of another method are refused
+    count = options.steps if first else 1
+    dials = turned(options.inventive, adapter.about, count, options.fidelity, options.detail)
     networks = [
         (weight, LocalNetworks(backbone, patch, adapter.vae, adapter.name))
-        for weight, patch in adapter.branches(options.fidelity, options.detail)
+        for weight, patch in adapter.branches(dials.fidelity, dials.detail)
     ]
     return Stage(
         networks[0][1],
-        adapter.steps_for(adapter.stage, options.steps if first else 1, options.timestep if first else 0),
+        adapter.steps_for(adapter.stage, dials.count, options.timestep if first else 0),
         f"stage {'one' if first else 'two'}",
         prompt or "",
         tuple(networks) if len(networks) > 1 or networks[0][0] != 1 else (),
         _predictor(backbone, adapter) if adapter.predictor else None,
         adapter.about,
+        dials.strength,
+        dials.words,
     )
 
 

@@ -10,6 +10,7 @@ from ..methods import RunPlan, Target, Tick, Upscaler
 from ..pictures import (
     Picture,
     PictureError,
+    bits_for,
     check_free,
     check_output,
     read_picture,
@@ -29,10 +30,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Output:
-    """How results are written: `bits` 8 or 16 (None: as the source), JPEG / WebP quality, replacing.
+    """How results are written: `bits` 8, 16 or 32 (None: as the source), JPEG / WebP quality, replacing.
 
     `max_megapixels` is what sources may have; None is the limit of `read_picture`. `rgb`: three channels, whatever
-    the source has; its transparency is left out.
+    the source has; its transparency is left out. `linear`: float TIFFs hold scene-linear light (None: they do not).
     """
 
     bits: int | None = None
@@ -40,6 +41,7 @@ class Output:
     overwrite: bool = False
     max_megapixels: float | None = None
     rgb: bool = False
+    linear: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def read_source(job: Job, output: Output, dry_run: bool = False) -> Picture:
     if not dry_run:
         for path in (job.output, *job.also):
             check_free(path, output.overwrite)
-    return read_picture(job.source, output.max_megapixels)
+    return read_picture(job.source, output.max_megapixels, bool(output.linear))
 
 
 def plan_job(
@@ -80,7 +82,7 @@ def plan_job(
         plan = upscaler.plan(picture.size, target)
     except ValueError as error:
         raise PictureError(f"{job.source}: {error}") from error
-    picture = replace(picture, bits=output.bits or picture.bits)
+    picture = replace(picture, bits=bits_for(picture, job.output, output.bits))
     if output.rgb:
         notes = (*picture.notes, "its transparency is left out") if picture.has_alpha else picture.notes
         picture = replace(picture, pixels=picture.pixels[:, :3], is_grey=False, notes=notes)

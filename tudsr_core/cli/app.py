@@ -173,11 +173,15 @@ def compare(
     reference: Annotated[
         Path | None, typer.Option(**PATH, help="The sharp original: PSNR and SSIM of both are measured against it.")
     ] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=16, help="Measure seams of such tiles in both: the side that the upscaler had.")
+    ] = None,
+    overlap: Annotated[int, typer.Option(min=0, help="With --tile: their overlap in pixels.")] = 128,
     force: ForceOption = False,
     max_megapixels: MegapixelsOption = None,
 ) -> None:
     """Put two pictures into one page with a divider, zoom and difference: tudsr compare a.png b.png -o page.html"""
-    from ..evaluation import figures_of, write_page
+    from ..evaluation import figures_of, seams_of, tiles_over, write_page
     from ..pictures import read_picture
 
     if output.suffix.lower() not in (".html", ".htm"):
@@ -191,13 +195,15 @@ def compare(
     if len(shown) < 2:
         raise ValueError(f"{before} was given twice; give two pictures")
     pixels = {name: picture.pixels for name, picture in shown.items()}
-    figures = figures_of(pixels, pictures[2].pixels if reference else None)
-    for figure in figures:
+    truth = pictures[2].pixels if reference else None
+    figures = figures_of(pixels, truth)
+    seams = seams_of(pixels, truth, tiles_over(pictures[1].size, tile, overlap)) if tile else []
+    for figure in (*figures, *seams):
         out.print(figure.describe(), markup=False)
     if reference and not figures:
         sizes = ", ".join(f"{path.name} {p.size[1]} x {p.size[0]}" for path, p in zip(paths, pictures, strict=True))
         raise ValueError(f"nothing can be measured against {reference}: sizes differ ({sizes})")
-    write_page(output, shown, figures)
+    write_page(output, shown, figures, seams)
     out.print(f"wrote {output}", markup=False)
 
 

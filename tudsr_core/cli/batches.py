@@ -140,14 +140,14 @@ def blocks_command(
     Raises ValueError for what only whole pictures have.
     """
     from ..batch import plan_blocks, upscale_in_blocks
-    from ..pictures import RowReader
+    from ..pictures import WHOLE_PICTURE, RowReader
 
     if len(jobs) != 1 or report:
         raise ValueError("--blocks takes one picture, and writes no report; leave it out for several")
     (job,) = jobs
     upscaler = work.upscaler_for(job)
-    if upscaler.options.color_fix == "adain":
-        raise ValueError("--color-fix adain looks at the whole picture; with --blocks use wavelet or none")
+    if (fix := upscaler.options.color_fix) in WHOLE_PICTURE:
+        raise ValueError(f"--color-fix {fix} looks at the whole picture; with --blocks use wavelet or none")
     reader = RowReader(job.source, work.output.max_megapixels)
     plan = plan_blocks(reader.size, work.target)
     names = printable(f"{job.source} -> {job.output}")

@@ -28,8 +28,8 @@ Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")},
 MethodName = Enum("MethodName", {name: name for name in (*METHODS, "stablesr")}, type=str)
 Device = Enum("Device", {name: name for name in ("auto", "cpu", "cuda", "mps")}, type=str)
 WindowName = Enum("WindowName", {name: name for name in ("gaussian", "uniform", "published")}, type=str)
-ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "none")}, type=str)
-Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif")}, type=str)
+ColorName = Enum("ColorName", {name: name for name in ("wavelet", "adain", "lab", "none")}, type=str)
+Suffix = Enum("Suffix", {name: name for name in ("png", "jpg", "webp", "tif", "exr")}, type=str)
 
 
 def _given_path(text: str) -> Path:

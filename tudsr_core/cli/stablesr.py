@@ -29,25 +29,33 @@ def stablesr_upscaler(
     model: str,
     stablesr: Path | None,
     cfw: Path | None,
-    fidelity: float | None,
+    dials: Mapping[str, float],
     prompt: str | None,
     negative: str | None,
     chosen: Mapping[str, Any],
     sampling: Mapping[str, Any],
     loading: Mapping[str, Any],
 ) -> Zoom:
-    """Return StableSR over `model`; `chosen`, `sampling` and `loading` are the options that were given.
+    """Return StableSR over `model`; `dials`, `chosen`, `sampling` and `loading` are the options that were given.
 
-    Raises ValueError for files that are not named, CheckpointError for such that do not fit.
+    `dials` are "fidelity" and "inventive". Raises ValueError for both together and for files that are not named,
+    CheckpointError for such that do not fit.
     """
     from ..backends import load_stablesr_networks
-    from ..methods import NEGATIVE, StableSROptions, Zoom, fixed
+    from ..methods import NEGATIVE, NEUTRAL, StableSROptions, Zoom, fixed, fusion_weight
     from ..prompts import Style
 
     if model == "embedded" or stablesr is None:
         raise ValueError("--method stablesr needs --model with SD2.1-base and --stablesr with StableSR's file")
     options = StableSROptions()
     options = replace(options, **chosen, sample=replace(options.sample, **sampling))
-    networks = load_stablesr_networks(Path(model), stablesr, cfw, 0.5 if fidelity is None else fidelity, **loading)
+    inventive = dials.get("inventive", NEUTRAL)
+    weight, turned = fusion_weight(inventive), inventive != NEUTRAL
+    if turned and cfw is None:
+        raise ValueError("--inventive turns the weight of --cfw; add that")
+    if turned and "fidelity" in dials:
+        raise ValueError("--inventive and --fidelity are one dial here; leave one out")
+    note = f"inventive {inventive:g} (CFW's weight {weight:g})" if turned else ""
+    networks = load_stablesr_networks(Path(model), stablesr, cfw, dials.get("fidelity", weight), **loading)
     style = Style(prefix="", suffix="", negative=NEGATIVE if negative is None else negative)
-    return Zoom(networks, options, fixed(prompt or "", style))
+    return Zoom(networks, options, fixed(prompt or "", style), note)

@@ -77,6 +77,12 @@ FidelityOption = Annotated[
     typer.Option(help="PiSA-SR: weight of the pixel-level part (1). StableSR: --cfw's weight, 0 to 1 (0.5)."),
 ]
 DetailOption = Annotated[float, typer.Option(help="PiSA-SR: weight of the semantic part.")]
+InventiveOption = Annotated[
+    float | None,
+    typer.Option(
+        help="One dial for all methods, 0 faithful to 1 inventive; default 0.5, as trained. The plan says what it does."
+    ),
+]
 
 
 def add_upscale_commands(app: typer.Typer) -> None:
@@ -98,6 +104,7 @@ def prepare(
     steps: StepsOption = None,
     fidelity: FidelityOption = None,
     detail: DetailOption = 1.0,
+    inventive: InventiveOption = None,
     stablesr: StableSROption = None,
     cfw: CFWOption = None,
     guidance: GuidanceOption = None,
@@ -121,8 +128,13 @@ def prepare(
     color_fix: ColorFixOption = None,
     sample_posterior: Annotated[bool, typer.Option(help="Draw latents instead of taking their mode.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of that draw.")] = None,
-    bits: Annotated[int | None, typer.Option(help="8 or 16 per channel; default: as the input.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="8 or 16 per channel, 32 for floats (.tif, .exr); default: as the input.")
+    ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Float TIFFs hold scene-linear light, as OpenEXR does.")
+    ] = False,
     suffix: FormatOption = None,
     force: ForceOption = False,
     max_megapixels: MegapixelsOption = None,
@@ -130,10 +142,11 @@ def prepare(
     """Load what these options ask for; returns the `Work` on every picture, and what describes a run."""
     from ..backends import AdapterOptions
     from ..batch import Output, Work, describe_run
-    from ..methods import TwoStage, UpscaleOptions
+    from ..methods import NEUTRAL, TwoStage, UpscaleOptions
 
-    if bits not in (None, 8, 16):
-        raise ValueError(f"--bits {bits} is not possible; use 8 or 16")
+    inventive = None if inventive == NEUTRAL else inventive
+    if bits not in (None, 8, 16, 32):
+        raise ValueError(f"--bits {bits} is not possible; use 8, 16 or 32")
     tiles = given(tile_px=tile, overlap_px=overlap)
     how = given(tile_batch=tile_batch, window=window)
     if published and tiles.keys() | how.keys() - {"tile_batch"}:
@@ -147,17 +160,19 @@ def prepare(
         _refuse("--method stablesr", others | dict(detail=detail != 1, sample_posterior=sample_posterior))
         how |= given(steps=steps, guidance=guidance)
         loading = dict(device=device.value, dtype=dtype.value, tokenizer=tokenizer)
-        upscaler = stablesr_upscaler(model, stablesr, cfw, fidelity, prompt, negative, chosen, how, loading)
+        upscaler = stablesr_upscaler(
+            model, stablesr, cfw, given(fidelity=fidelity, inventive=inventive), prompt, negative, chosen, how, loading
+        )
     else:
         _refuse("this method", dict(cfw=cfw, guidance=guidance, negative=negative))
         options = UpscaleOptions(
             **chosen, **how, sample_posterior=sample_posterior, published=published, native_size=native_size
         )
-        weights = given(steps=steps, fidelity=fidelity, detail=detail)
+        weights = given(steps=steps, fidelity=fidelity, detail=detail, inventive=inventive)
         use = AdapterOptions(method and method.value, timestep, prompt=prompt, tokenizer=tokenizer, **weights)
         upscaler = TwoStage(load_model(model, stage_one, stage_two, device, dtype, use), options)
-    numbers = given(steps=steps, timestep=timestep, fidelity=fidelity, detail=detail)
-    work = Work(lambda job: upscaler, target, Output(bits, quality, force, max_megapixels))
+    numbers = given(steps=steps, timestep=timestep, fidelity=fidelity, detail=detail, inventive=inventive)
+    work = Work(lambda job: upscaler, target, Output(bits, quality, force, max_megapixels, linear=linear or None))
 
     def describe() -> dict:
         return describe_run(_files(model, files), upscaler.options, target, work.output, **words, **numbers)
@@ -186,6 +201,8 @@ def upscale(
         raise ValueError("--pyramid belongs to --blocks; add it")
     if blocks and ray:
         raise ValueError("--blocks computes one picture on this machine; leave out --ray")
+    if blocks and options["linear"]:
+        raise ValueError("--blocks reads no scene-linear pictures; leave out --linear")
     if ship and not ray:
         raise ValueError("--ship belongs to --ray; add it")
     jobs = plan_jobs(inputs, output, ending(options["suffix"]), recursive)
@@ -249,6 +266,7 @@ def _refuse(method: str, options: dict[str, object]) -> None:
 def load_model(model: str, stage_one: Path | None, stage_two: Path | None, device: Device, dtype: Precision, use=None):
     """Return the embedded model, one of its kind, or a base with adapters; raises ValueError for what does not fit."""
     from ..backends import AdapterOptions, load_embedded, load_sd21
+    from ..methods import NEUTRAL
 
     if not model:
         raise ValueError("--model is empty; leave it out for the embedded model")
@@ -257,10 +275,11 @@ def load_model(model: str, stage_one: Path | None, stage_two: Path | None, devic
         if model == "embedded":
             raise ValueError("--stage-one belongs to a base model; add --model with SD2.1-base")
         return load_sd21(path, stage_one, stage_two, device.value, dtype.value, use)
-    if use not in (None, AdapterOptions()):
+    inventive = use.inventive if use else NEUTRAL
+    if use not in (None, AdapterOptions(inventive=inventive)):
         raise ValueError("method, timestep, steps, prompt, fidelity and detail belong to an adapter; add --stage-one")
     if model == "embedded":
-        return load_embedded(device.value, dtype.value)
+        return load_embedded(device.value, dtype.value, inventive=inventive)
     if path.is_dir() or stage_two:
         raise ValueError(f"--model {model} is a base model; add --stage-one with its adapter")
-    return load_embedded(device.value, dtype.value, path)
+    return load_embedded(device.value, dtype.value, path, inventive)

@@ -22,7 +22,7 @@ class OneStep:
         z_H  = p z_in + q eps
 
     Tuples of these cover TUDSR, OMGSR, OSEDiff (`from_noise_level`), PiSA-SR (`residual`) and InvSR
-    (`euler`); `methods.py` has the table.
+    (`euler`); `published.py` has the table.
     """
 
     t: int

@@ -11,5 +11,6 @@ __all__, __getattr__ = public_names(
     filter_bank="bank_path fit_bank",
     measurement="Result compare evaluate_model example_path read_folder summary_rows",
     metrics="SSIM_WINDOW psnr_y seam_score ssim_y",
+    seams="Seam seams_of tiles_over",
     perceptual="PERCEPTUAL Perceptual perceptual_rows",
 )

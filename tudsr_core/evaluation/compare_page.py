@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..atomic_write import temporary_beside
 from ..pictures import Picture, PictureError
 from ..untrusted import printable
 from .metrics import SSIM_WINDOW, psnr_y, ssim_y
+from .seams import Seam
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -66,13 +68,20 @@ def figures_of(pictures: dict[str, Tensor], reference: Tensor | None = None) -> 
     return found
 
 
-def write_page(path: Path, pictures: dict[str, Picture], figures: list[Figure] = ()) -> None:
+def write_page(
+    path: Path, pictures: dict[str, Picture], figures: Sequence[Figure] = (), seams: Sequence[Seam] = ()
+) -> None:
     """Write the page of two pictures, by name, whole or not at all; raises PictureError."""
     shown = [{"src": _address(picture), "name": printable(name)} for name, picture in pictures.items()]
     rows = "".join(
         f"<tr><th>{escape(printable(f.name))}</th><td>PSNR-Y {f.psnr:.2f} dB</td><td>SSIM {f.ssim:.4f}</td>"
         f"<td>against {escape(printable(f.truth))}</td></tr>"
         for f in figures
+    )
+    rows += "".join(
+        f"<tr><th>{escape(printable(s.name))}</th><td>seams {s.score:.2f}</td>"
+        f'<td colspan="2">edges at {s.borders} tile borders over those elsewhere</td></tr>'
+        for s in seams
     )
     page = PAGE.format(
         title=escape(printable(" | ".join(pictures))),

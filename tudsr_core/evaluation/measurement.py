@@ -95,12 +95,7 @@ def evaluate_model(
 def tile_borders(model: TwoStageModel, source: tuple[int, int], factor: float) -> tuple[list[int], list[int]]:
     """Return the rows and columns of the result at which a tile of the last stage begins or ends."""
     stage = plan_for(model, source, Target(scale=factor), UpscaleOptions()).stages[-1]
-    tiles, scale = stage.tiles, (model.second or model.first).networks.facts.latent_scale
-    axes = ((tiles.tops, tiles.tile_height, stage.size[0]), (tiles.lefts, tiles.tile_width, stage.size[1]))
-    return tuple(
-        sorted({edge * scale for start in starts for edge in (start, start + side) if 0 < edge * scale < length})
-        for starts, side, length in axes
-    )
+    return stage.tiles.borders(stage.size, (model.second or model.first).networks.facts.latent_scale)
 
 
 def _methods(model: TwoStageModel, factor: int) -> dict[str, Callable[[Tensor, tuple[int, int]], Tensor]]:

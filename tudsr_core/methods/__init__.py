@@ -7,6 +7,7 @@ from .._lazy import public_names
 
 __all__, __getattr__ = public_names(
     __name__,
+    dial="NEUTRAL Dials branch_weights fusion_weight turned",
     networks="Encoded Networks NoisePredictor Predict Preview TextNetworks Tick",
     plan="MAX_FACTOR MAX_PIXELS StageLimits Target UpscalePlan",
     prompt_sources="PromptSource described fixed from_file saved",

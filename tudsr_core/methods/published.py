@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from ..diffusion import OneStep, euler, from_noise_level, residual
 from ..tiling import PublishedTiling
@@ -38,7 +39,8 @@ class Method:
     it or it equals the rank. `first_max` is the largest factor it was trained for in one go. `tiling`
     is that of its authors' script at its defaults, None where it does not cut the latent. `native_px` is
     the short side of the smallest result that its script lets the networks make: smaller pictures are
-    enlarged first, or with `pads_small` mirrored beyond their borders.
+    enlarged first, or with `pads_small` mirrored beyond their borders. `dial` is what the dial from faithful to
+    inventive turns, see `dial.py`.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Method:
     tiling: PublishedTiling | None = None
     native_px: int = 512
     pads_small: bool = False
+    dial: Literal["strength", "detail", "steps"] = "strength"
 
     def steps(self, stage: int = 1, count: int = 1, timestep: int = 0) -> tuple[OneStep, ...]:
         """Return the steps of `stage` (1 or 2) in `count` evaluations; `timestep` above 0 replaces its own.
@@ -84,7 +87,12 @@ METHODS: dict[str, Method] = {
         "OSEDiff", SD21, _noise_level(999), prompt=None, alpha=8.0, tiling=PublishedTiling(768, 256, "published")
     ),
     "pisa-sr": Method(
-        "PiSA-SR", SD21, lambda stage, count: (residual(1),), alpha=8.0, tiling=PublishedTiling(768, 256, "centred")
+        "PiSA-SR",
+        SD21,
+        lambda stage, count: (residual(1),),
+        alpha=8.0,
+        tiling=PublishedTiling(768, 256, "centred"),
+        dial="detail",
     ),
     "invsr": Method(
         "InvSR",
@@ -93,5 +101,6 @@ METHODS: dict[str, Method] = {
         prompt=INVSR_PROMPT,
         counts=tuple(INVSR_TIMESTEPS),
         pads_small=True,
+        dial="steps",
     ),
 }

@@ -21,7 +21,8 @@ class Stage:
 
     `networks` encode and decode. eps = sum of w_j B_j over `branches` (PiSA-SR's dials); without
     any, `networks` alone predict it. `predictor` gives the noise of methods whose first step mixes
-    some in. `about` is the row of the method table, None for a model of no published method.
+    some in. `about` is the row of the method table, None for a model of no published method. `strength` s:
+    what is decoded is z_L + s (z_H - z_L); `dial` says in words what the dial from faithful to inventive did.
     """
 
     networks: Networks
@@ -31,11 +32,14 @@ class Stage:
     branches: tuple[tuple[float, Networks], ...] = ()
     predictor: NoisePredictor | None = None
     about: Method | None = None
+    strength: float = 1.0
+    dial: str = ""
 
     @property
     def how(self) -> str:
-        """Method and timesteps in words, "" for a model of no published method."""
-        return f"{self.about.title} at t = {', '.join(str(step.t) for step in self.steps)}" if self.about else ""
+        """Method and timesteps, and a dial that was turned, in words; "" where there is nothing to say."""
+        method = f"{self.about.title} at t = {', '.join(str(step.t) for step in self.steps)}" if self.about else ""
+        return ", ".join(filter(None, [method, self.dial]))
 
     @property
     def evaluations(self) -> int:

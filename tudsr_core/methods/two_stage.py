@@ -180,7 +180,8 @@ def _noise_source(picture: Tensor, part: StagePlan) -> Tensor:
 def restore_latent(start: StartLatent, stage: Stage, tiled_run: TiledRun, on_tile: Callable[[Preview], None]) -> Tensor:
     """Take a stage's steps on a whole latent: predict eps tile by tile, blend, then z_H = p z + q eps.
 
-    Blending eps equals blending z_H, because the step is linear (MultiDiffusion eq. 5; OMGSR).
+    Blending eps equals blending z_H, because the step is linear (MultiDiffusion eq. 5; OMGSR). Returned is
+    z_L + s (z_H - z_L), s being the stage's strength.
     """
     noise = _predict_noise(start, stage, tiled_run, on_tile) if stage.predictor else None
     predict = weighted(
@@ -192,7 +193,7 @@ def restore_latent(start: StartLatent, stage: Stage, tiled_run: TiledRun, on_til
     z = stage.steps[0].start(start.z, noise)
     for step in stage.steps:
         z = step.finish(z, predict(z, step.t, partial(step.finish, z)))
-    return z
+    return z if stage.strength == 1 else torch.lerp(start.z.to(z), z, stage.strength)
 
 
 def _predict_noise(start: StartLatent, stage: Stage, tiled_run: TiledRun, on_tile: Callable[[Preview], None]) -> Tensor:

@@ -49,7 +49,7 @@ class ZoomOptions:
 
 @dataclass(frozen=True)
 class ZoomPlan:
-    """What a run will do with one picture: sizes, tiles, and UNet evaluations."""
+    """What a run will do with one picture: sizes, tiles, and UNet evaluations; `note` says what a dial did."""
 
     source: Size
     size: Size
@@ -57,6 +57,7 @@ class ZoomPlan:
     tiles: TilePlan
     calls: int
     options: ZoomOptions
+    note: str = ""
 
     def describe(self) -> list[str]:
         """Return the plan as lines of plain text."""
@@ -69,6 +70,7 @@ class ZoomPlan:
         return [
             f"{self.source[1]} x {self.source[0]} to {self.size[1]} x {self.size[0]}, {self.calls} network calls",
             f"{grid}, {steps} steps{both}",
+            *filter(None, [self.note]),
         ]
 
 
@@ -83,15 +85,19 @@ def plan_zoom(source: Size, target: Target, facts: NetworkFacts, options: ZoomOp
 
 @dataclass(frozen=True)
 class Zoom:
-    """MultiDiffusion with a prompt per tile: an `Upscaler`. `prompts` is asked once for all pictures of a run."""
+    """MultiDiffusion with a prompt per tile: an `Upscaler`. `prompts` is asked once for all pictures of a run.
+
+    `note` is said with every plan: what a dial did to the networks.
+    """
 
     networks: TextNetworks
     options: ZoomOptions
     prompts: PromptSource
+    note: str = ""
 
     def plan(self, source: Size, target: Target) -> ZoomPlan:
         """Return `plan_zoom` of these networks and options."""
-        return plan_zoom(source, target, self.networks.facts, self.options)
+        return replace(plan_zoom(source, target, self.networks.facts, self.options), note=self.note)
 
     def run(self, image: Tensor, plan: ZoomPlan, tick: Tick | None = None) -> Tensor:
         """Describe the tiles of the first of `B C H W` (C = 3 or 4, float, 0..1), then `zoom`.

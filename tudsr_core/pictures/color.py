@@ -5,6 +5,7 @@ All functions take `B 3 H W`, float, 0..1 and work in float; nothing is rounded 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Literal
 
@@ -12,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ColorFix = Literal["wavelet", "adain", "none"]
-COLOR_FIXES: tuple[ColorFix, ...] = ("wavelet", "adain", "none")
+from .srgb import from_lab, to_lab
+
+ColorFix = Literal["wavelet", "adain", "lab", "none"]
+COLOR_FIXES: tuple[ColorFix, ...] = ("wavelet", "adain", "lab", "none")
+WHOLE_PICTURE: tuple[ColorFix, ...] = ("adain", "lab")
+"""Those that look at the whole picture: parts of one cannot be fixed alone."""
 
 WAVELET_LEVELS = 5
 TILE_PX = 512
+STRIP_ROWS = 64
 
 
 def match_color(image: Tensor, source: Tensor, method: ColorFix) -> Tensor:
@@ -30,6 +36,8 @@ def match_color(image: Tensor, source: Tensor, method: ColorFix) -> Tensor:
         return image.clamp(0, 1)
     if method == "adain":
         return adain(image, source).clamp(0, 1)
+    if method == "lab":
+        return lab(image, source)
     if method == "wavelet":
         return wavelet(image, source).clamp_(0, 1)
     raise ValueError(f"colour fix is {method!r}; use one of {', '.join(COLOR_FIXES)}")
@@ -50,6 +58,43 @@ def _moments(image: Tensor) -> tuple[Tensor, Tensor]:
     pixels = image.shape[-1] * image.shape[-2]
     variance = image.var(dim=(-2, -1), keepdim=True, unbiased=pixels > 1)
     return image.mean(dim=(-2, -1), keepdim=True), (variance + 1e-5).sqrt()
+
+
+def lab(image: Tensor, source: Tensor) -> Tensor:
+    """Give L*, a* and b* of `image` the mean and standard deviation of `source`, within sRGB's gamut.
+
+    Reinhard et al. 2001 (eq. 10 and 11) in CIELAB: lightness and colour are matched apart, so a contrast that is
+    set right moves no hue. Standard deviations as in `adain`, on L*'s scale of 100. In strips, in double precision.
+    """
+    result = torch.empty_like(image)
+    for one, own, wanted in zip(result, image, source, strict=True):
+        mean, std = _lab_moments(own)
+        wanted_mean, wanted_std = _lab_moments(wanted)
+        for rows in _strips(own):
+            one[rows] = from_lab((to_lab(_exact(own[rows])) - mean) / std * wanted_std + wanted_mean).to(one)
+    return result
+
+
+def _lab_moments(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation `3 1 1` of L*, a*, b* of `3 H W`."""
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for rows in _strips(image):
+        strip = to_lab(_exact(image[rows]))
+        sums += torch.stack([strip.sum((1, 2)), strip.square().sum((1, 2))]).cpu()
+    pixels = image.shape[-1] * image.shape[-2]
+    mean = sums[0] / pixels
+    variance = (sums[1] - pixels * mean**2).clamp_min(0) / max(1, pixels - 1)
+    mean, std = (values.view(3, 1, 1).to(_exact(image[:, :1, :1]).device) for values in (mean, (variance + 0.1).sqrt()))
+    return mean, std
+
+
+def _strips(image: Tensor) -> Iterator[tuple[slice, slice]]:
+    return ((slice(None), slice(top, top + STRIP_ROWS)) for top in range(0, image.shape[-2], STRIP_ROWS))
+
+
+def _exact(pixels: Tensor) -> Tensor:
+    # MPS has no double precision.
+    return pixels.double() if pixels.device.type in ("cpu", "cuda") else pixels.cpu().double()
 
 
 def wavelet(image: Tensor, source: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:

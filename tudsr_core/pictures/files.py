@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS[".exr"] = "OpenEXR"
+FLOAT_BITS = 32
 MAX_MEGAPIXELS = 179
 # Pixels may always take this many bytes; beyond that a file must hold at least a byte for so many of them.
 # Photographs need one for 3 to 100; a file that needs less is flat, or made to fill the memory.
@@ -41,8 +43,10 @@ class Unsuitable(Exception):
 class Picture:
     """Pixels `1 C H W` float32 0..1 (C = 3 or 4) and what the file said about them.
 
-    `bits` is 8 or 16 per channel; `is_grey` pictures have three equal channels here and one in
-    the file. EXIF is stored with orientation 1, since the pixels are already upright. `notes` are
+    `bits` is 8 or 16 per channel, or 32 for floats (OpenEXR: 16 is half precision), where the format of a file leaves a
+    choice; `is_grey` pictures have three equal channels here and one in the file. `light` is the scene-linear picture
+    `1 C h w` (float16 or float32, see `scene_light.py`) that these pixels were made of, in the size it was read in.
+    EXIF is stored with orientation 1, since the pixels are already upright. `notes` are
     sentences about what was assumed or left out on the way.
     """
 
@@ -53,6 +57,7 @@ class Picture:
     icc: bytes | None = None
     dpi: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+    light: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:

@@ -189,11 +189,16 @@ def fitted(picture: Picture, kind: str, channels: int) -> tuple[Picture, list[st
     if icc and icc[16:20] == b"GRAY" and channels > 2:
         icc = None
         notes.append(f"its grey colour profile does not fit the colours of {kind} and is left out")
+    if icc and kind == "OpenEXR":
+        icc = None
+        notes.append("its colour profile cannot be kept in OpenEXR; colours are taken for sRGB's")
     picture = replace(picture, dpi=dpi, icc=icc)
     lost: Tags = set()
     fields = {group: _storable(values, group, lost) for group, values in fields_of(picture.exif).items()}
     if kind == "JPEG":
         lost |= set(_too_large(replace(picture, exif=_exif_of(fields)), kind))
+    if kind == "OpenEXR":
+        lost |= {(group, tag) for group, values in fields.items() for tag in values}
     if kind == "TIFF":
         lost |= {
             (group, tag) for group, values in fields.items() for tag in values if not _fits_tiff(group, values[tag])

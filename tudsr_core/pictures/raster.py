@@ -8,23 +8,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageCms
 
-# XYZ under D50 to linear sRGB, Bradford-adapted (IEC 61966-2-1; Lindbloom).
-XYZ_TO_SRGB = (
-    (3.1338561, -1.6168667, -0.4906146),
-    (-0.9787684, 1.9161415, 0.0334540),
-    (0.0719453, -0.2289914, 1.4052427),
-)
-WHITE_D50 = (0.96422, 1.0, 0.82521)
-
 
 @dataclass
 class Raster:
-    """Planes `C H W` float32 0..1 (grey, grey and alpha, RGB, or RGBA), their depth in the file, and notes."""
+    """Planes `C H W` float32 0..1 (grey, grey and alpha, RGB, or RGBA), their depth in the file, and notes.
+
+    With `is_light` they are scene-linear, float16 or float32 of any range, as `scene_light.py` has them.
+    """
 
     planes: np.ndarray
     bits: int = 8
     notes: list[str] = field(default_factory=list)
     icc: bytes | None = None
+    is_light: bool = False
 
 
 def scaled(planes: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -54,13 +50,3 @@ def cmyk_to_rgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> Imag
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append("its CMYK profile is unusable; colours are converted without it")
         return image.convert("RGB")
-
-
-def lab_to_srgb(lab: np.ndarray) -> np.ndarray:
-    """Convert `3 H W` of L* 0..100 and a*, b* (D50) to sRGB 0..1, cut off at its gamut (CIE 15)."""
-    base = (lab[0] + 16) / 116
-    xyz = []
-    for ratio, white in zip((base + lab[1] / 500, base, base - lab[2] / 200), WHITE_D50, strict=True):
-        xyz.append(white * np.where(ratio > 6 / 29, ratio**3, 3 * (6 / 29) ** 2 * (ratio - 4 / 29)))
-    linear = np.clip([sum(k * plane for k, plane in zip(row, xyz, strict=True)) for row in XYZ_TO_SRGB], 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Reading picture files: PNG, JPEG, WebP and TIFF, also GIF and BMP; 8 and 16 bit, and what travels along.
+"""Reading picture files: PNG, JPEG, WebP, TIFF and OpenEXR, also GIF and BMP, and what travels along.
 
 Files are not trusted: their headers are checked before anything is decoded, and whatever a decoder
 raises becomes one line that names the file.
@@ -18,10 +18,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ..missing_packages import needs
-from . import png
+from . import exr, png
 from .files import FORMATS, Picture, PictureError, Unsuitable, check_file_bytes, check_size
 from .metadata import ORIENTATION, not_carried, read_exif, usable_dpi, usable_icc
 from .raster import Raster, cmyk_to_rgb, scaled
+from .scene_light import displayed
 from .tiff import MAGIC as TIFF_MAGIC
 from .tiff import read_tiff
 
@@ -34,11 +35,13 @@ ALPHA_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
 MODES = (*GREY_MODES, *ALPHA_MODES, "P", "RGB", "RGBX", "CMYK", "YCbCr")
 
 
-def read_picture(path: Path, max_megapixels: float | None = None) -> Picture:
-    """Read a PNG, JPEG, WebP or TIFF file (or GIF, BMP), turned upright by its EXIF orientation.
+def read_picture(path: Path, max_megapixels: float | None = None, floats_are_light: bool = False) -> Picture:
+    """Read a PNG, JPEG, WebP, TIFF or OpenEXR file (or GIF, BMP), turned upright by its EXIF orientation.
 
     Grey, palette, CMYK (through its ICC profile, if any), alpha, and TIFF of other depths are
-    understood; what was assumed is in the picture's `notes`. `max_megapixels` replaces the limits of
+    understood; what was assumed is in the picture's `notes`. OpenEXR holds scene-linear light, which is in the
+    picture's `light` as it was stored, and in its pixels as sRGB; so do float TIFFs with `floats_are_light`, which are
+    taken for sRGB's own numbers otherwise. `max_megapixels` replaces the limits of
     `check_size`. Raises PictureError naming the file and the remedy.
     """
     path = Path(path)
@@ -56,7 +59,7 @@ def read_picture(path: Path, max_megapixels: float | None = None) -> Picture:
         raise PictureError(f"{path} is empty (0 bytes); copy or download it again")
     try:
         with _quiet_pillow():
-            return _read(path, head, file_bytes, max_megapixels)
+            return _read(path, head, file_bytes, max_megapixels, floats_are_light)
     except Unsuitable as error:
         raise PictureError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
@@ -79,9 +82,12 @@ def read_size(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def _read(path: Path, head: bytes, file_bytes: int, max_megapixels: float | None) -> Picture:
+def _read(path: Path, head: bytes, file_bytes: int, max_megapixels: float | None, floats_are_light: bool) -> Picture:
     if head[:4] in TIFF_MAGIC:  # read in pieces: of a long file of many pictures, only the first
-        return _read_tiff(path, max_megapixels)
+        return _read_tiff(path, max_megapixels, floats_are_light)
+    if head[:4] == exr.MAGIC:
+        planes, dpi, notes = exr.read_exr(path, max_megapixels)
+        return _picture(Raster(planes, 16, notes, is_light=True), None, dpi and (dpi, dpi), [])
     check_file_bytes(file_bytes, max_megapixels)
     if head[:8] == png.MAGIC:
         return _read_png(path.read_bytes(), max_megapixels)
@@ -118,8 +124,8 @@ def _check_scans(scans: int, size: tuple[int, int]) -> None:
         )
 
 
-def _read_tiff(path: Path, max_megapixels: float | None) -> Picture:
-    raster = read_tiff(path, max_megapixels)
+def _read_tiff(path: Path, max_megapixels: float | None, floats_are_light: bool) -> Picture:
+    raster = read_tiff(path, max_megapixels, floats_are_light)
     if raster is None:
         with Image.open(path, formats=["TIFF"]) as image:
             raster = _decode(image, path.stat().st_size, max_megapixels, image.info.get("icc_profile"))
@@ -174,8 +180,10 @@ def _picture(raster: Raster, exif: Image.Exif | None, dpi: object, notes: list[s
     if exif and ORIENTATION in exif:
         exif[ORIENTATION] = 1
     pixels = torch.from_numpy(np.ascontiguousarray(planes))[None]
-    about = dict.fromkeys([*raster.notes, *notes, *about_icc, *about_dpi])
-    return Picture(pixels, raster.bits, grey, exif, icc, dpi, tuple(about))
+    about = tuple(dict.fromkeys([*raster.notes, *notes, *about_icc, *about_dpi]))
+    light = pixels if raster.is_light else None
+    pixels = pixels if light is None else displayed(light)
+    return Picture(pixels, raster.bits, grey, exif, icc, dpi, about, light)
 
 
 def _upright(planes: np.ndarray, orientation: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from .files import MAX_MEGAPIXELS, Picture, PictureError
 from .metadata import ORIENTATION, read_exif, usable_dpi, usable_icc
 from .raster import scaled
 from .reading import read_picture
+from .scene_light import beyond
 from .tiff import BLACK_IS_ZERO, MAGIC, PROFILE, RGB, checked_page
 
 
@@ -29,8 +30,13 @@ class RowReader:
             self.size, self.facts = self._tiff.size, self._tiff.facts
         else:
             self._whole = read_picture(self.path, max_megapixels)
+            if self._whole.light is not None and beyond(self._whole.light) is not None:
+                raise PictureError(
+                    f"{self.path} holds light above 1 or below 0, which is not carried from block to block; enlarge it "
+                    "whole, or save it as sRGB first"
+                )
             self.size = self._whole.size
-            self.facts = replace(self._whole, pixels=self._whole.pixels[:, :, :1, :1].clone())
+            self.facts = replace(self._whole, pixels=self._whole.pixels[:, :, :1, :1].clone(), light=None)
 
     def rows(self, top: int, bottom: int) -> Tensor:
         """Return the rows `top` to `bottom`, `1 C H W`, float32, 0..1."""

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .files import Unsuitable, check_size
-from .raster import Raster, cmyk_to_rgb, lab_to_srgb, scaled, unpremultiplied
+from .raster import Raster, cmyk_to_rgb, scaled, unpremultiplied
+from .srgb import from_lab
+from .tiff_range import DEPTHS, NEARLY, declared_range, range_of
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_TAGS, MAX_SEGMENTS, MAX_CHANNELS = 1000, 200_000, 64
@@ -31,13 +34,12 @@ COLORS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, CIELA
 COLORMAP, INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, PROFILE = 320, 332, 338, 339, 34675
 PREMULTIPLIED, ALPHA = 1, 2
 REDUCED = 1  # of NewSubfileType
-NEARLY = 1.001  # what rounding may make of 1
-DEPTHS = (8, 10, 12, 14, 16)
 
 
-def read_tiff(path: Path, max_megapixels: float | None = None) -> Raster | None:
+def read_tiff(path: Path, max_megapixels: float | None = None, floats_are_light: bool = False) -> Raster | None:
     """Decode the first picture of a TIFF file; None if Pillow is to decode it (JPEG, fax and YCbCr).
 
+    `floats_are_light`: float numbers that declare no range are scene-linear, of any range, and stay what they are.
     Raises Unsuitable with a reason, and whatever damage leads to (ValueError, or what tifffile raises).
     """
     size = path.stat().st_size
@@ -51,7 +53,8 @@ def read_tiff(path: Path, max_megapixels: float | None = None) -> Raster | None:
         _check_segments(page, size)
         array = page.asarray(maxworkers=1, squeeze=False)[:, 0]
         planes = array[..., 0] if array.shape[0] > 1 else np.moveaxis(array[0], -1, 0)
-        return _interpret(page, planes, page.tags.valueof(PROFILE), notes)
+        icc = page.tags.valueof(PROFILE)
+        return (floats_are_light and _light(page, planes, icc, notes)) or _interpret(page, planes, icc, notes)
 
 
 def checked_page(path: Path, max_megapixels: float | None = None):  # noqa: ANN201
@@ -184,6 +187,23 @@ def _interpret(page, planes: np.ndarray, icc: bytes | None, notes: list[str]) ->
     return Raster(color if alpha is None else np.concatenate([color, alpha[None]]), bits, notes, icc)
 
 
+def _light(page, planes: np.ndarray, icc: bytes | None, notes: list[str]) -> Raster | None:
+    """Return float planes as they are, colours times alpha; None where they are no floats, or declare a range."""
+    photometric = _photometric(page)
+    if planes.dtype.kind != "f" or photometric not in (BLACK_IS_ZERO, RGB) or declared_range(page):
+        return None
+    if not np.isfinite(planes).all():
+        raise Unsuitable("it contains NaN or infinite values; repair it or export it again")
+    colors = COLORS[photometric]
+    alpha_at, kind = _alpha(page, photometric, len(planes) - colors, notes)
+    color = planes[:colors].astype(np.float32)
+    if alpha_at is None:
+        return Raster(color, 16, notes, icc, is_light=True)
+    alpha = planes[colors + alpha_at][None].astype(np.float32)
+    color = color if kind == PREMULTIPLIED else color * alpha
+    return Raster(np.concatenate([color, alpha]), 16, notes, icc, is_light=True)
+
+
 def _photometric(page) -> int:
     if 262 not in page.tags:
         return RGB if page.samplesperpixel >= 3 else BLACK_IS_ZERO
@@ -211,8 +231,8 @@ def _alpha(page, photometric: int, extra: int, notes: list[str]) -> tuple[int | 
 def _transparency(page, planes: np.ndarray, at: int, notes: list[str]) -> np.ndarray:
     """Return the plane `at` as alpha 0..1; programs scale it apart from the colours, so its own values decide."""
     plane = planes[at][None]
-    low, high = _range(page, plane, [], at)
-    if plane.dtype.kind == "f" and not _declared_range(page, at):
+    low, high = range_of(page, plane, [], at)
+    if plane.dtype.kind == "f" and not declared_range(page, at):
         top = float(plane.max())
         # Filters overshoot a little; much more than opaque is no highlight, as it is of colours, but a whole number.
         if top > 2:
@@ -231,8 +251,8 @@ def _colors(page, photometric: int, planes: np.ndarray, icc: bytes | None, notes
         return *_from_palette(page, planes[0]), icc
     if photometric in (CIELAB, ICCLAB):
         notes.append("its CIELab colours are converted to sRGB")
-        return lab_to_srgb(_lab(planes, photometric, page.bitspersample)), bits, None
-    values = scaled(planes, *_range(page, planes, notes))
+        return from_lab(torch.from_numpy(_lab(planes, photometric, page.bitspersample))).numpy(), bits, None
+    values = scaled(planes, *range_of(page, planes, notes))
     if photometric == CMYK:
         if page.tags.valueof(INK_SET, 1) != 1:
             raise Unsuitable("its inks are not CMYK; save it as RGB")
@@ -273,72 +293,3 @@ def _lab(planes: np.ndarray, photometric: int, bits: int) -> np.ndarray:
     middle = 2 ** (bits - 1)
     chroma = chroma - middle if photometric == ICCLAB else np.where(chroma >= middle, chroma - 2**bits, chroma)
     return np.concatenate([lightness, chroma.astype(np.float32) / 2 ** (bits - 8)])
-
-
-def _range(page, planes: np.ndarray, notes: list[str], first: int = 0) -> tuple[float, float]:
-    """Return which numbers are black and white in the channels from `first` on, and note what had to be assumed."""
-    declared = _declared_range(page, first, len(planes))
-    if planes.dtype.kind in "bu":  # numpy's kind "b" is bool
-        white = 2**page.bitspersample - 1
-        if declared and _is_depth(declared[1]) and planes.max() <= declared[1] < white:
-            notes.append(f"its white is {declared[1]:g}, as the file declares")
-            return 0, declared[1]
-        return 0, white
-    if planes.dtype.kind == "i":
-        if not declared:
-            raise Unsuitable(f"its pixels are {planes.dtype}, whose range is not declared; save it as 8 or 16 bit")
-        notes.append(f"its signed numbers are read from {declared[0]:g} to {declared[1]:g}, as the file declares")
-        return declared
-    if not np.isfinite(planes).all():
-        raise Unsuitable("it contains NaN or infinite values; repair it or export it again")
-    if declared:
-        if declared != (0, 1):
-            notes.append(f"its float numbers are read from {declared[0]:g} to {declared[1]:g}, as the file declares")
-        return declared
-    white = _float_white(planes, notes)
-    bottom = float(planes.min())
-    if bottom < (1 - NEARLY) * white:
-        notes.append(f"its float numbers begin at {bottom:g} and declare no range; those below 0 are cut off")
-    return 0, white
-
-
-def _float_white(planes: np.ndarray, notes: list[str]) -> float:
-    """Return white of float numbers that declare no range: 1, or a whole number's where they look like its steps."""
-    top = float(planes.max())
-    if top <= NEARLY:
-        return 1
-    said = f"its float numbers reach {top:g} and declare no range"
-    white = 1
-    if np.median(planes) > 1:
-        white = next((2**bits - 1 for bits in DEPTHS if top <= 2**bits - 0.5), None)
-        if white is None:
-            raise Unsuitable(f"{said}; export them as 0..1")
-        # Bright light reaches any number, mostly of fractions: read as a dark picture of some depth, it would be black.
-        if top <= white / 2 and (planes != np.rint(planes)).any():
-            white = 1
-    notes.append(f"{said}; " + (f"{white} is taken for white" if white > 1 else "those above 1 are cut off"))
-    return white
-
-
-def _declared_range(page, first: int = 0, count: int = 1) -> tuple[float, float] | None:
-    """Return SMinSampleValue and SMaxSampleValue, or MinSampleValue and MaxSampleValue, if they make sense.
-
-    Where a file says one for each channel, those of `count` channels from `first` on.
-    """
-    for low_tag, high_tag in ((340, 341), (280, 281)):
-        if high_tag not in page.tags:
-            continue
-        try:
-            low, high = (np.atleast_1d(page.tags.valueof(tag, 0)) for tag in (low_tag, high_tag))
-            own = slice(first, first + count)
-            low = float(np.min(low[own] if len(low) == page.samplesperpixel else low))
-            high = float(np.max(high[own] if len(high) == page.samplesperpixel else high))
-        except (TypeError, ValueError):
-            continue
-        if math.isfinite(low) and math.isfinite(high) and low < high:
-            return low, high
-    return None
-
-
-def _is_depth(white: float) -> bool:
-    return any(white == 2**bits - 1 for bits in range(8, 32))

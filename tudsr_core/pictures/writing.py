@@ -1,4 +1,4 @@
-"""Writing picture files of 8 and 16 bit, with their EXIF, ICC profile and resolution, under a temporary name."""
+"""Writing picture files of 8 and 16 bit and of floats, with their EXIF, ICC profile and DPI, under a temporary name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import torch
 from PIL import Image
 
 from ..atomic_write import temporary_beside
-from . import png
-from .files import FORMATS, NoRoomError, Picture, PictureError
+from ..missing_packages import needs
+from . import exr, png
+from .files import FLOAT_BITS, FORMATS, NoRoomError, Picture, PictureError
 from .metadata import exif_for, fields_of, fitted, text_bytes
+from .scene_light import beyond, light_of
 
 MAX_SIDE = {"JPEG": 65535, "WEBP": 16383}
+HALF_MAX = 65504.0  # the largest half
 ROUNDED_ROWS = 64  # at once: rounding takes eight bytes a number, which stay in the caches
 
 
@@ -36,8 +39,10 @@ def check_output(path: Path, size: tuple[int, int], has_alpha: bool, bits: int, 
         raise PictureError(f"{path}: {kind} holds at most {MAX_SIDE[kind]} pixels a side; use .png or .tif")
     if kind == "JPEG" and has_alpha:
         raise PictureError(f"{path}: JPEG cannot hold transparency; use .png, .webp or .tif")
-    if bits == 16 and kind not in ("PNG", "TIFF"):
+    if bits == 16 and kind not in ("PNG", "TIFF", "OpenEXR"):
         raise PictureError(f"{path}: {kind} cannot hold 16 bit; use .png or .tif, or --bits 8")
+    if bits == FLOAT_BITS and kind not in ("TIFF", "OpenEXR"):
+        raise PictureError(f"{path}: {kind} cannot hold floats; use .tif or .exr, or --bits 16")
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -54,6 +59,19 @@ def format_of(path: Path) -> str:
         raise PictureError(f"{path}: unknown file type {path.suffix!r}; use {', '.join(FORMATS)}") from None
 
 
+def holds_light(kind: str, bits: int) -> bool:
+    """Whether a file of `kind` and `bits` holds scene-linear floats, of any range."""
+    return kind == "OpenEXR" or (kind == "TIFF" and bits == FLOAT_BITS)
+
+
+def bits_for(picture: Picture, path: Path, asked: int | None = None) -> int:
+    """Return the bits of a result at `path`: those `asked` for, else as deep as the source and the format go."""
+    if asked or format_of(path) != "OpenEXR":
+        return asked or picture.bits
+    half = picture.bits == 8 if picture.light is None else picture.light.dtype == torch.float16
+    return 16 if half else FLOAT_BITS
+
+
 def writable(picture: Picture, path: Path, size: tuple[int, int]) -> Picture:
     """Return `picture` with only the metadata that can be written to `path`; its notes say what was left out.
 
@@ -62,15 +80,31 @@ def writable(picture: Picture, path: Path, size: tuple[int, int]) -> Picture:
     kind = format_of(path)
     channels = 1 if picture.is_grey and kind != "WEBP" else 3
     picture, notes = fitted(picture, kind, channels + picture.has_alpha)
-    sample = replace(picture, pixels=picture.pixels[:, :, :1, :1])
+    if picture.light is not None and not holds_light(kind, picture.bits):
+        picture, more = _of_light(picture, kind)
+        notes += more
+    light = None if picture.light is None else picture.light[:, :, :1, :1]
+    sample = replace(picture, pixels=picture.pixels[:, :, :1, :1], light=light)
     for name, what in (("exif", "EXIF"), ("icc", "colour profile"), ("dpi", "resolution")):
         alone = replace(sample, **dict.fromkeys({"exif", "icc", "dpi"} - {name}))
         try:
             _encode(io.BytesIO(), kind, alone, 95, size)
+        except ImportError:  # said when the picture itself is to be written
+            break
         except Exception:  # encoders raise anything on metadata they were not made for
             picture = replace(picture, **{name: None})
             notes.append(f"its {what} cannot be written to {kind} and is left out")
     return replace(picture, notes=tuple(dict.fromkeys([*picture.notes, *notes])))
+
+
+def _of_light(picture: Picture, kind: str) -> tuple[Picture, list[str]]:
+    """Return a picture that was made of light as one for files of `kind`, which hold sRGB, and what that costs."""
+    notes = []
+    if beyond(picture.light) is not None:
+        notes.append(f"light above 1 and below 0 is cut off, because {kind} holds none; .exr keeps it")
+    if picture.icc:
+        notes.append("its colour profile is one of its light and left out; colours are sRGB")
+    return replace(picture, light=None, icc=None), notes
 
 
 def write_picture(
@@ -96,6 +130,8 @@ def write_picture(
                 _encode(file, format_of(path), picture, quality, picture.size)
             if before_rename:
                 before_rename(temporary)
+    except ImportError as error:
+        raise PictureError(f"{path} {needs(error)}") from error
     except OSError as error:
         raise refusal(path, error) from error
 
@@ -130,7 +166,25 @@ def to_array(picture: Picture) -> np.ndarray:
     return array[..., 0] if channels == 1 else array
 
 
+def light_array(picture: Picture) -> np.ndarray:
+    """Return a picture as scene-linear planes `C H W`: float32, or float16 of up to 16 bits in OpenEXR.
+
+    As they were read, to the bit, if nothing has changed.
+    """
+    light = light_of(picture.pixels, picture.light)[0]
+    if picture.is_grey:
+        same = bool((light[:3] == light[:1]).all())
+        light = torch.cat([light[:1] if same else light[:3].mean(0, keepdim=True), light[3:]])
+    return (light if picture.bits == FLOAT_BITS else light.clamp(-HALF_MAX, HALF_MAX).half()).numpy()
+
+
 def _encode(file: BinaryIO, kind: str, picture: Picture, quality: int, size: tuple[int, int]) -> None:
+    if kind == "OpenEXR":
+        return exr.write_exr(file, light_array(picture), picture.dpi and picture.dpi[0])
+    if holds_light(kind, picture.bits):
+        planes = light_array(picture)
+        array = planes[0] if len(planes) == 1 else np.ascontiguousarray(np.moveaxis(planes, 0, -1))
+        return _encode_tiff(file, array, picture)
     array = to_array(picture)
     if kind == "TIFF":
         return _encode_tiff(file, array, picture)
@@ -168,7 +222,7 @@ def tiff_options(array: np.ndarray, picture: Picture) -> dict[str, Any]:
     channels = array.shape[-1] if array.ndim == 3 else 1
     return dict(
         photometric="rgb" if channels >= 3 else "minisblack",
-        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        extrasamples=["assocalpha" if array.dtype.kind == "f" else "unassalpha"] if channels in (2, 4) else None,
         planarconfig="contig" if array.ndim == 3 else None,
         iccprofile=picture.icc,
         resolution=picture.dpi,

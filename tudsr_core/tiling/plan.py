@@ -70,6 +70,18 @@ class TilePlan:
             -(-end_x * width // self.width),
         )
 
+    def borders(self, size: tuple[int, int], unit: int) -> tuple[list[int], list[int]]:
+        """Return the rows and columns, inside a picture of `size`, where tiles begin or end.
+
+        `unit`: pixels of the picture to one of the plan's units.
+        """
+        ends = (min(length - 1, (own - 1) * unit) for length, own in zip(size, (self.height, self.width), strict=True))
+        axes = zip((self.tops, self.lefts), (self.tile_height, self.tile_width), ends, strict=True)
+        return tuple(
+            sorted({edge * unit for start in starts for edge in (start, start + side) if 0 < edge * unit <= last})
+            for starts, side, last in axes
+        )
+
     def nearest(self, tile: Tile, plan: TilePlan) -> int:
         """Return the index of this plan's tile that shares most with `tile` of another `plan` of the same picture."""
         row = _most_shared(self.tops, self.tile_height, self.height, tile.top, tile.height, plan.height)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion import OneStep
-from ..methods import METHODS, Method
+from ..methods import METHODS, Method, branch_weights
 from ..untrusted import some
 from .tensor_files import CheckpointError
 
@@ -131,18 +131,15 @@ class Adapter:
         return self.about.steps(stage, count, timestep)
 
     def dials(self, fidelity: float = 1.0, detail: float = 1.0) -> list[tuple[float, bool]]:
-        """Return `(w_j, whether branch j has the detail updates)` with eps = sum of w_j B_j.
+        """Return `branch_weights` of PiSA-SR's dials; one branch for all others.
 
-        PiSA-SR, adjustable: eps = l_pix eps_pix + l_sem (eps_full - eps_pix), so the full branch has weight
-        l_sem and the pixel-level one l_pix - l_sem; branches without weight are left out. Raises
-        ValueError when the dials of another method are turned.
+        Raises ValueError when the dials of another method are turned.
         """
         if not self.detail:
             if (fidelity, detail) != (1.0, 1.0):
                 raise ValueError(f"{self.name} has no dials for fidelity and detail (PiSA-SR has); leave both at 1")
             return [(1.0, False)]
-        weights = [(detail, True), (fidelity - detail, False)]
-        return [(weight, full) for weight, full in weights if weight] or [(0.0, False)]
+        return branch_weights(fidelity, detail)
 
     def branches(self, fidelity: float = 1.0, detail: float = 1.0) -> list[tuple[float, WeightDelta]]:
         """Return `(w_j, UNet patch of branch j)` for PiSA-SR's `dials`; one branch for all others."""
