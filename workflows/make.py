@@ -264,6 +264,11 @@ def make_blueprint(page) -> None:
     content = json.loads(text)
     for link in content["nodes"][0]["inputs"] + content["nodes"][0]["outputs"]:
         link |= {"link": None} if "link" in link else {"links": None}
+    (inside,) = content["definitions"]["subgraphs"]
+    left, top = (min(node["pos"][axis] for node in inside["nodes"]) for axis in (0, 1))
+    right = max(node["pos"][0] + node["size"][0] for node in inside["nodes"])
+    inside["inputNode"]["bounding"][:2] = [left - 220, top]
+    inside["outputNode"]["bounding"][:2] = [right + 100, top]
     head = {"revision": 0, "last_node_id": content["nodes"][0]["id"], "last_link_id": 0}
     tail = {"links": [], "version": 0.4, "extra": {"BlueprintDescription": BLUEPRINT_SAYS}}
     BLUEPRINT.parent.mkdir(exist_ok=True)
