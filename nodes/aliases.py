@@ -42,5 +42,5 @@ ALIASES = {
 
 
 def aliases_of(node_id: str) -> list[str]:
-    """Return the other words for a node."""
-    return ALIASES[node_id].split(", ")
+    """Return the other words for a node, if it has any."""
+    return ALIASES[node_id].split(", ") if node_id in ALIASES else []

@@ -1,6 +1,6 @@
 // The pack's words in a language that the frontend itself does not have, such as German.
 //
-// Frontends take the words that /i18n serves for their own languages; since 1.30 only for those. A browser in
+// Frontends take the words that /i18n serves; newer ones (1.35) only those of their own languages. A browser in
 // another language shows the frontend in English, and these nodes, their tooltips and their settings in its own.
 
 import { app } from "../../../scripts/app.js";
@@ -17,7 +17,6 @@ app.registerExtension({
     async init() {
         const [i18n, language] = [translator(), app.extensionManager.setting.get("Comfy.Locale")];
         if (!i18n?.mergeLocaleMessage || i18n.te("nodeDefs.TUDSRUpscale.display_name", language)) return;
-        if (i18n.te("nodeDefs.KSampler.display_name", language)) return;
         const served = await api.fetchApi("/i18n");
         const words = served.ok && (await served.json())[language];
         if (!words?.nodeDefs?.TUDSRUpscale) return;

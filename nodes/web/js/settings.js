@@ -50,17 +50,17 @@ const SETTINGS = [
     },
 ];
 
-let loading = false;
+let loading = 0;
 
 /** What is read from the API form of a graph is made without the frontend saying so: its values are set afterwards. */
 function noticeApiGraphs() {
     const { loadApiJson } = app;
-    app.loadApiJson = function (...args) {
-        loading = true;
+    app.loadApiJson = async function (...args) {
+        loading += 1;
         try {
-            return loadApiJson.apply(this, args);
+            return await loadApiJson.apply(this, args);
         } finally {
-            loading = false;
+            loading -= 1;
         }
     };
 }
