@@ -42,12 +42,14 @@ def load_extension():
     try:
         from comfy_api.latest import ComfyExtension
 
+        from .aliases import aliases_of
         from .host.compare_view import serve_view
         from .host.messages import shows_warnings
+        from .host.search import found_by
 
         serve_view()
         nodes = [
-            shows_warnings(getattr(import_module(f".{module}", __name__), name))
+            found_by(shows_warnings(getattr(import_module(f".{module}", __name__), name)), aliases_of)
             for module, names in NODES
             for name in names.split()
         ]

@@ -125,6 +125,7 @@ class LoadDownsampler(io.ComfyNode):
             outputs=[
                 DownsamplerType.Output(display_name="downsampler", tooltip="For Degrade Picture (Learned)."),
             ],
+            is_experimental=True,
         )
 
     @classmethod
@@ -180,6 +181,7 @@ class DegradeLearned(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The degraded picture.")],
+            is_experimental=True,
         )
 
     @classmethod

@@ -32,15 +32,18 @@ def comfyui_for_browser() -> Path:
 
 
 @contextmanager
-def plain_page(url: str, width: int, height: int):
-    """Yield a Playwright page of any address; skips the test where Chromium or Playwright is missing."""
+def plain_page(url: str, width: int, height: int, language: str = "en-US"):
+    """Yield a Playwright page of any address; skips the test where Chromium or Playwright is missing.
+
+    `language` is the browser's own.
+    """
     if chromium() is None:
         pytest.skip("no Chromium: apt-get install chromium")
     api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
         try:
-            page = browser.new_page(viewport={"width": width, "height": height})
+            page = browser.new_page(viewport={"width": width, "height": height}, locale=language)
             page.goto(url)
             yield page
         finally:
@@ -54,12 +57,12 @@ def color_at(page, x: int, y: int) -> tuple[int, int, int]:
 
 
 @contextmanager
-def open_page(url: str, width: int = 1500, height: int = 860, vue: bool = False):
+def open_page(url: str, width: int = 1500, height: int = 860, vue: bool = False, language: str = "en-US"):
     """Yield a Playwright page that shows ComfyUI with all nodes registered.
 
     `vue` turns on the nodes drawn by Vue; skips the test where the frontend has no complete ones.
     """
-    with plain_page(url, width, height) as page:
+    with plain_page(url, width, height, language) as page:
         wait_until_ready(page)
         # The map lies over the corner where long nodes end.
         page.evaluate("async () => { await app.extensionManager.setting.set('Comfy.Minimap.Visible', false) }")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = ("tudsr_core", "nodes", "tests", "bench", "workflows")
+OURS = ("tudsr_core", "nodes", "tests", "bench", "workflows", "locales")
 CORE = ROOT / "tudsr_core"
 
 # What each room may import from, itself aside; a room knows only rooms above it. `untrusted`,

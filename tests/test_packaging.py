@@ -143,3 +143,23 @@ def test_wheel_and_sdist_carry_every_file_of_the_library(built):
 
 def test_the_sdist_holds_no_tests_because_they_need_the_whole_repository(built):
     assert not [name for name in built[1] if name.startswith(("tests", "nodes"))]
+
+
+def test_what_comfyui_is_given_holds_translations_help_and_blueprints():
+    """`comfy node pack` takes what git tracks and .comfyignore does not name."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+
+    def listed(*options):
+        command = ["git", "ls-files", *options]
+        return set(subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8").stdout.splitlines())
+
+    packed = listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore")
+    made = {path.relative_to(ROOT).as_posix() for path in (ROOT / "locales").rglob("*.json")}
+    assert {name for name in made if not name.endswith("words.json")} == {
+        name for name in packed if name.startswith("locales/")
+    }
+    for folder in ("nodes/web", "subgraphs"):
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert files and files <= packed
+    assert not [name for name in packed if name.startswith(("tests/", "bench/"))]

@@ -2,12 +2,13 @@
 
 Needs ComfyUI and Chromium. Each `api/NAME.json` is opened in a real browser, laid out in columns, given
 its note and model links, saved as `NAME.json`, run where its models are at hand, and photographed
-as `NAME.jpg`.
+as `NAME.jpg`. `blueprint` makes the subgraph in `subgraphs/`, which newer ComfyUIs offer as a node; it needs one.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import uuid
@@ -24,6 +25,11 @@ from PIL import Image
 
 from tudsr_core.weights.known_files import known_file
 
+BLUEPRINT = HERE.parent / "subgraphs" / "Upscale x8 (TUDSR).json"
+BLUEPRINT_SAYS = (
+    "Enlarges pictures x8 in two one-step diffusion stages with the small model that comes with the TUDSR pack: "
+    "nothing to download. Open it to set another factor or to put other models in."
+)
 HUGGINGFACE = "https://huggingface.co"
 ELSEWHERE = {
     "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": (
@@ -278,6 +284,44 @@ def make(page, name: str) -> None:
     photograph(page, HERE / f"{name}.jpg")
 
 
+def make_blueprint(page) -> None:
+    """Make the embedded model and the upscaler of the first template one node, with what a person sets on it."""
+    text = page.evaluate(
+        """async ([api, name]) => {
+            await app.loadApiJson(JSON.parse(api), name);
+            const ours = app.graph._nodes.filter(n => n.type.startsWith('TUDSR'));
+            const { subgraph, node } = app.graph.convertToSubgraph(new Set(ours));
+            const upscaler = subgraph.nodes.find(n => n.type == 'TUDSRUpscale');
+            for (const name of ['tile', 'color_fix']) {
+                const slot = upscaler.inputs.find(i => i.name == name);
+                subgraph.addInput(name, slot.type).connect(slot, upscaler);
+            }
+            subgraph.addOutput('mask', 'MASK').connect(upscaler.outputs.find(o => o.name == 'mask'), upscaler);
+            node.title = subgraph.name = name;
+            node.pos = [0, 0];
+            node.properties.proxyWidgets = node.properties.proxyWidgets?.filter(([id]) => id == '-1');
+            const { nodes, subgraphs } = app.canvas._serializeItems([node]);
+            return JSON.stringify({ nodes, definitions: { subgraphs } });
+        }""",
+        [(HERE / "api" / "01-embedded-x8.json").read_text("utf-8"), BLUEPRINT.stem],
+    )
+    for index, drawn in enumerate(dict.fromkeys(re.findall(r"\b[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}\b", text))):
+        text = text.replace(drawn, str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-tudsr/blueprint/{index}")))
+    content = json.loads(text)
+    for link in content["nodes"][0]["inputs"] + content["nodes"][0]["outputs"]:
+        link |= {"link": None} if "link" in link else {"links": None}
+    (inside,) = content["definitions"]["subgraphs"]
+    left, top = (min(node["pos"][axis] for node in inside["nodes"]) for axis in (0, 1))
+    right = max(node["pos"][0] + node["size"][0] for node in inside["nodes"])
+    inside["inputNode"]["bounding"][:2] = [left - 220, top]
+    inside["outputNode"]["bounding"][:2] = [right + 100, top]
+    head = {"revision": 0, "last_node_id": content["nodes"][0]["id"], "last_link_id": 0}
+    tail = {"links": [], "version": 0.4, "extra": {"BlueprintDescription": BLUEPRINT_SAYS}}
+    BLUEPRINT.parent.mkdir(exist_ok=True)
+    # ComfyUI reads it in whatever encoding the machine has: ASCII is the same in all.
+    BLUEPRINT.write_text(json.dumps(head | content | tail, indent=1) + "\n", encoding="utf-8")
+
+
 def photograph(page, path: Path) -> None:
     """Save the graph without the page's bars, small enough for a template card."""
     page.add_style_tag(content=ONLY_THE_GRAPH)
@@ -305,7 +349,7 @@ def main() -> None:
     try:
         for name in sys.argv[1:] or sorted(path.stem for path in (HERE / "api").glob("*.json")):
             with open_page(server.url, 2400, 1400) as page:
-                make(page, name)
+                make_blueprint(page) if name == "blueprint" else make(page, name)
     finally:
         server.stop()
 

@@ -11,6 +11,8 @@ conditions     ComfyUI's conditions cut to one tile
 tile_texts     tile prompts through a CLIP, and a text per tile inside a sampler
 model_files    where files lie, as ComfyUI's folders say
 messages       what a node says for people to read
+search         other words under which ComfyUI finds a node
+settings       what people have set in ComfyUI's settings
 result_cache   the last result of each picture
 
 Must not know: node classes, their inputs and their names. No formulas of a method and no tile

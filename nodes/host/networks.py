@@ -23,6 +23,7 @@ from ...tudsr_core.methods import Encoded, Predict, Preview
 from ...tudsr_core.tiling import NetworkFacts, Tile
 from .conditions import crop_conds, is_spatial
 from .exact_vae import ExactVAE, is_out_of_memory
+from .settings import PREVIEWS, setting
 from .tile_texts import TileTexts
 
 PREVIEW_SECONDS = 0.5
@@ -186,7 +187,9 @@ class ProgressBar:
 
     def __init__(self, model: Any) -> None:
         self.bar: comfy.utils.ProgressBar | None = None
-        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self.previewer = None
+        if setting(PREVIEWS, True):
+            self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
         self.shown = 0.0
 
     def __call__(self, done: int, total: int, preview: Preview | None) -> None:

@@ -3,14 +3,20 @@
 COMFYUI_PYTHON tests/nodes/inside_widgets.py COMFYUI_PATH FILES     prints one JSON object {check: error or null}
 """
 
+import dataclasses
 import gc
 import math
+import tempfile
+from pathlib import Path
 
 import inside as base  # first: it makes ComfyUI importable
 from inside import NODES, embedded, part, picture, refused, stub_model, upscale
 
 import comfy.model_base
+import folder_paths
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from comfy_api.latest import io
 
 
 def said(output):
@@ -64,6 +70,64 @@ def check_every_output_has_a_tooltip():
     for name, node in NODES.items():
         for output in node.GET_SCHEMA().outputs:
             assert output.tooltip, f"{name}.{output.display_name}"
+
+
+def check_nodes_have_other_words_where_comfyui_searches_by_them():
+    """Both with this ComfyUI's schema, and with one that has the field, as those since January 2026 do."""
+    words = part("nodes.aliases").aliases_of
+
+    @dataclasses.dataclass
+    class Newer(io.Schema):
+        search_aliases: list = dataclasses.field(default_factory=list)
+
+    class Node(io.ComfyNode):
+        schema = io.Schema
+
+        @classmethod
+        def define_schema(cls):
+            return cls.schema(node_id="TUDSRCompare", display_name="Compare", category="x")
+
+    part("nodes.host.search").found_by(Node, words)
+    assert getattr(Node.define_schema(), "search_aliases", words("TUDSRCompare")) == words("TUDSRCompare")
+    Node.schema = Newer
+    assert Node.define_schema().search_aliases == words("TUDSRCompare")
+    for name, node in NODES.items():
+        if "search_aliases" in io.Schema.__dataclass_fields__:
+            assert node.GET_SCHEMA().search_aliases == words(name)
+
+
+def check_only_what_is_not_proven_is_experimental():
+    flagged = {name for name, node in NODES.items() if node.GET_SCHEMA().is_experimental}
+    assert flagged == {"TUDSRLoadDownsampler", "TUDSRDegradeLearned"}
+
+
+def check_previews_are_made_unless_someone_has_turned_them_off():
+    """`comfy.settings.json` as the browser stores it, broken, missing, and on a server with several users."""
+    settings, model = part("nodes.host.settings"), embedded()[0]
+    before, args.preview_method = args.preview_method, LatentPreviewMethod.Latent2RGB
+    user = folder_paths.get_user_directory()
+    with tempfile.TemporaryDirectory() as folder:
+        folder_paths.set_user_directory(folder)
+        file = Path(folder) / "default" / "comfy.settings.json"
+        try:
+            bar = part("nodes.host.networks").ProgressBar
+            assert bar(model).previewer is not None
+            file.parent.mkdir()
+            for text, shown in (
+                ('{"TUDSR.Upscaling.Previews": false}', False),
+                ('{"TUDSR.Upscaling.Previews": true}', True),
+                ('{"Comfy.Locale": "zh"}', True),
+                ("no json", True),
+                ("[]", True),
+            ):
+                file.write_text(text, encoding="utf-8")
+                assert (bar(model).previewer is not None) is shown, text
+            file.write_text('{"TUDSR.Upscaling.Previews": false}', encoding="utf-8")
+            args.multi_user = True
+            assert settings.setting(settings.PREVIEWS, True) is True
+        finally:
+            folder_paths.set_user_directory(user)
+            args.preview_method, args.multi_user = before, False
 
 
 def check_a_seed_that_draws_nothing_computes_nothing():

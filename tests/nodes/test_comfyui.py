@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 
@@ -17,6 +18,17 @@ from tudsr_core.methods.plan import Target
 from tudsr_core.methods.two_stage import UpscaleOptions, upscale
 
 API = sorted((PACK / "workflows" / "api").glob("*.json"))
+
+
+def script(path):
+    """Return a script of this repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), PACK / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+LOCALES = script("locales/make.py")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +91,17 @@ def test_every_node_has_help_tooltips_and_a_frozen_schema(server):
             assert spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip"
         now = {"inputs": list(inputs), "outputs": info["output"], "names": info["output_name"]}
         assert now == frozen[name], f"the schema of {name} changed: saved workflows would break"
+
+
+def test_the_translations_are_served_and_of_the_nodes_as_they_are(server):
+    served = server.get("/i18n")
+    known = server.get("/object_info")
+    assert served["en"]["nodeDefs"] == LOCALES.node_defs(known), "run: python locales/make.py"
+    assert {"en", *LOCALES.languages()} <= served.keys()
+    for language in LOCALES.languages():
+        assert served[language]["nodeDefs"].keys() == served["en"]["nodeDefs"].keys()
+        assert served[language]["settings"].keys() == served["en"]["settings"].keys()
+        assert "settingsCategories" in served[language]
 
 
 def skip_without(server, kinds):
