@@ -44,6 +44,7 @@ def plain_page(url: str, width: int, height: int, language: str = "en-US"):
         browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
         try:
             page = browser.new_page(viewport={"width": width, "height": height}, locale=language)
+            page.set_default_navigation_timeout(120000)
             page.goto(url)
             yield page
         finally:
