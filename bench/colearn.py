@@ -161,8 +161,8 @@ def _fine(picture: Tensor) -> Tensor:
     return spectrum[torch.maximum(*axes) > 0.375].mean()
 
 
-ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "cycle for both", "turns alone", "truth")
-LEARNING = ("co-learning", "cycle for both", "turns alone")  # in which the downsampler goes on learning
+ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "fresh critic", "turns alone", "truth")
+LEARNING = ("co-learning", "fresh critic", "turns alone")  # in which the downsampler goes on learning
 DOWN = ("P", "G")
 DONE = "done.json"
 TAUGHT, STEPS, ALONE = 120, 200, 600  # of the teacher, of every student, of a downsampler alone
@@ -173,21 +173,19 @@ COMMON = dict(
     run=dict(precision="fp32", gradient_checkpointing=False, save_every=60, keep=1, tensorboard=False),
 )
 PAIRS_ONLY = dict(
-    weights=dict(adversarial=0.0, cycle=0.0),
+    weights=dict(adversarial=0.0, cycle=0.0, down_cycle=0.0),
     teacher=dict(kind="none"),
     phases=dict(joint=STEPS),
     downsampler=dict(learns=False),
 )
 # Twice the steps, since student and downsampler take turns. What is less than the defaults is so for the sake of PSNR:
-# L1 of the cycle outweighs the squared error of pairs, and an adversarial term invents; the inverse is another task.
+# the cycle's L1 outweighs the squared error of pairs, and an adversarial term invents; the inverse is another task.
 TOGETHER = dict(
     weights=dict(adversarial=0.005, inverse=0.0, consistency=0.0, cycle=0.05, down_cycle=0.2, cycle_after=40),
     optimizer=dict(down_rate=2e-4),
     phases=dict(teacher=TAUGHT, joint=2 * STEPS),
     safeguards=dict(every=40),
 )
-# The cycle trains the downsampler too.
-CYCLE_FOR_BOTH = dict(weights=dict(down_cycle=0.2))
 # Of co-learning only that student and downsampler take turns: no cycle, no teacher, no D_H.
 TURNS_ALONE = dict(
     weights=dict(adversarial=0.0, cycle=0.0),
@@ -199,6 +197,7 @@ def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
     """Return what one training is asked to do; `arm` is one of ARMS, or of DOWN, which all seeds share."""
     folder = root / ("down" if arm in DOWN else f"seed-{seed}")
     down = {name: root / "down" / name / "downsampler.safetensors" for name in DOWN}
+    going_on = dict(downsampler=dict(start=down["G"]), critics=dict(low=root / "down" / "G"))
     changes = {
         "P": (dict(downsampler=dict(kind="pixel"), phases=dict(warm=0, real=ALONE)),),
         "G": (dict(phases=dict(warm=0, real=ALONE)),),
@@ -207,9 +206,9 @@ def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
         "pixel": (PAIRS_ONLY, dict(downsampler=dict(start=down["P"]))),
         "latent": (PAIRS_ONLY, dict(downsampler=dict(start=down["G"]))),
         "truth": (PAIRS_ONLY, dict(data=dict(paired=True, poor=(root / "truth",)))),
-        "cycle for both": (TOGETHER, CYCLE_FOR_BOTH, dict(downsampler=dict(start=down["G"]))),
-        "turns alone": (TOGETHER, TURNS_ALONE, dict(downsampler=dict(start=down["G"]))),
-        "co-learning": (TOGETHER, dict(downsampler=dict(start=down["G"]))),
+        "turns alone": (TOGETHER, TURNS_ALONE, going_on),
+        "fresh critic": (TOGETHER, dict(downsampler=dict(start=down["G"]))),
+        "co-learning": (TOGETHER, going_on),
     }[arm]
     config = read_colearn(CONFIGS / "colearn.toml", "downsampler" if arm in DOWN else "colearn")
     config = replace(config, output=folder / arm, seed=1 if arm in DOWN else seed)

@@ -237,6 +237,20 @@ def test_one_phase_starts_from_the_file_of_the_one_before(root, noise):
     assert torch.equal(load_downsampler(outcome.files[0]).degrade(good), learner.networks.down.degrade(good))
 
 
+def test_the_critic_of_poor_pictures_goes_on_or_says_why_not(root):
+    config = small(root, "downsampler", phases={"warm": 0, "real": 2})
+    alone = run(Colearner(config))
+    going_on = replace(small(root, critics={"low": config.output}), output=root / "next")
+    wanted, made = (learner.networks.low.heads.state_dict() for learner in (alone, Colearner(going_on)))
+    assert wanted.keys() == made.keys() and all(torch.equal(made[key], one) for key, one in wanted.items())
+    fresh = Colearner(replace(small(root), output=root / "fresh")).networks.low.heads.state_dict()
+    assert not torch.equal(fresh["0.bias"], wanted["0.bias"])
+    with pytest.raises(ConfigError, match=r"has a D_L of another size; set \[critics\] width"):
+        Colearner(replace(going_on, critics=replace(going_on.critics, width=8)))
+    with pytest.raises(ConfigError, match="good holds no checkpoint of a training that has one"):
+        Colearner(replace(going_on, critics=replace(going_on.critics, low=root / "good")))
+
+
 def test_the_trained_student_is_a_model_that_everything_loads(root, noise):
     config = small(root, phases={"joint": 2})
     _, file = train_colearn(config).files

@@ -158,7 +158,9 @@ class CriticsConfig:
 
     Both have spectral norms and hinge losses, as adversarial distillation has; `r1` is a gradient penalty on
     real pictures beside them (safeguard f), off since the norms mostly suffice. `dequantise` adds noise of half a
-    step of 8 bit to what D_L sees, so that it cannot tell files from floats.
+    step of 8 bit to what D_L sees, so that it cannot tell files from floats. `low` is the output folder of the
+    downsampler's training whose D_L goes on: beside a fresh one, which knows nothing yet, a trained downsampler soon
+    gives up its noise to the terms that ask for less of it.
     """
 
     features: str = "scratch"
@@ -166,6 +168,7 @@ class CriticsConfig:
     width: int = 32
     r1: float = 0.0
     dequantise: bool = True
+    low: Path | None = None
 
     def __post_init__(self) -> None:
         _check(1 <= self.width <= 512 and self.r1 >= 0, "width must be from 1 to 512, r1 not below 0")

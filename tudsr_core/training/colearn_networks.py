@@ -22,9 +22,10 @@ from ..models import (
     load_features,
 )
 from ..weights import ModelFile, embedded_path, read_model
-from .colearn_config import ColearnConfig
+from .colearn_config import ColearnConfig, CriticsConfig
 from .config import EMBEDDED, ConfigError, ModelConfig
 from .networks import Restorer, add_lora, is_model_file, load_base
+from .state import newest_part
 from .teacher import ChainTeacher, Teacher, build_chain, build_method
 
 
@@ -65,13 +66,24 @@ def build_networks(config: ColearnConfig, device: torch.device) -> Networks:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed + 1)
         if config.downsampler.learns and config.weights.down_adversarial:
-            networks.low = PatchCritic(config.critics.width).to(device)
+            networks.low = _low_critic(config.critics).to(device)
         if config.task == "colearn" and config.weights.adversarial:
             features = load_features(config.critics.features, config.critics.weights)
             networks.high = Discriminator(features, config.data.size).to(device)
     if config.task == "colearn":
         networks.teacher = build_teacher(config, student, device)
     return networks
+
+
+def _low_critic(config: CriticsConfig) -> PatchCritic:
+    critic = PatchCritic(config.width)
+    if config.low is not None:
+        heads = newest_part(config.low, "low")
+        try:
+            critic.heads.load_state_dict(heads)
+        except RuntimeError:
+            raise ConfigError(f"{config.low} has a D_L of another size; set [critics] width as it was there") from None
+    return critic
 
 
 def build_down(config: ColearnConfig, student: Restorer | None, device: torch.device) -> LearnedDamage:

@@ -29,19 +29,33 @@ FREE = {
 }
 
 
-def folder_of(config: TrainingConfig | ColearnConfig) -> Path:
-    """Return the folder of the checkpoints."""
-    return config.output / "checkpoints"
+def folder_of(output: Path) -> Path:
+    """Return the folder of the checkpoints of a training whose output folder is `output`."""
+    return output / "checkpoints"
 
 
 def saved_steps(config: TrainingConfig | ColearnConfig) -> list[Path]:
     """Return the checkpoints there are, oldest first; unfinished ones have other names and do not count."""
-    return sorted(folder_of(config).glob("step-*.safetensors"))
+    return _saved_in(config.output)
+
+
+def _saved_in(output: Path) -> list[Path]:
+    return sorted(folder_of(output).glob("step-*.safetensors"))
+
+
+def newest_part(output: Path, part: str) -> dict[str, Tensor]:
+    """Return a part of the newest checkpoint of another training, by name. Raises CheckpointError, ConfigError."""
+    saved = _saved_in(output)
+    tensors = read_file(saved[-1]).tensors if saved else {}
+    found = {name.removeprefix(f"{part}/"): one for name, one in tensors.items() if name.startswith(f"{part}/")}
+    if not found:
+        raise ConfigError(f"{output} holds no checkpoint of a training that has one; name the folder that it wrote to")
+    return found
 
 
 def save_state(config: TrainingConfig | ColearnConfig, step: int, parts: dict[str, dict[str, Tensor]]) -> Path:
     """Write `parts` (tensors by name) as the checkpoint of `step`, and remove all but the newest ones."""
-    folder = folder_of(config)
+    folder = folder_of(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:07d}.safetensors"
     tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
