@@ -165,5 +165,7 @@ def test_the_blueprint_is_offered_placed_and_runs(browser_server, tmp_path):
         assert placed == {"title": "Upscale x8 (TUDSR)", "widgets": {"tile": 0, "color_fix": "wavelet"}}
         fit(page)
         run_graph(page)
-        assert page.evaluate("() => app.graph._nodes.find(n => n.type == 'SaveImage').imgs[0].naturalWidth") == 1600
+        page.wait_for_function(
+            "() => app.graph._nodes.find(n => n.type == 'SaveImage').imgs?.[0]?.naturalWidth == 1600"
+        )
         shot(page, "blueprint", tmp_path)
