@@ -172,7 +172,7 @@ def test_missing_weights_are_named_and_offered(browser_server, tmp_path):
         shown = page.locator("body").inner_text()
         assert "v2-1_768-ema-pruned.safetensors" in shown and "webui_768v_139.ckpt" in shown
         if dialogue.is_visible():
-            base = dialogue.locator("li").filter(has_text="checkpoints / v2-1_768-ema-pruned.safetensors")
+            base = dialogue.locator("li, .p-listbox-option").filter(has_text="v2-1_768-ema-pruned.safetensors").first
             assert base.get_by_role("button").first.is_enabled()
         else:
             assert page.get_by_role("button", name="Download").first.is_enabled()

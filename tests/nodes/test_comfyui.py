@@ -135,7 +135,7 @@ def test_every_workflow_runs_to_a_saved_picture(server, path):
 
 
 def without_seedvr2s_network(server, work):
-    """Return the graph with the padded picture in the place of what SeedVR2 makes of it; its weights have gigabytes.
+    """Return the graph with the resized picture in the place of what SeedVR2 makes of it; its weights have gigabytes.
 
     The whole graph is one that the server would run if it had them.
     """
@@ -145,8 +145,16 @@ def without_seedvr2s_network(server, work):
     assert wrong == {(node, "value_not_in_list") for node in loaders}
     (before,) = (node for node, part in work.items() if part["class_type"] == "SeedVR2Preprocess")
     (after,) = (node for node, part in work.items() if part["class_type"] == "SeedVR2PostProcessing")
-    work[after]["inputs"]["images"] = [before, 0]
-    network = ("VAEEncodeTiled", "SeedVR2Conditioning", "KSampler", "VAEDecodeTiled", "UNETLoader", "VAELoader")
+    work[after]["inputs"]["images"] = work[before]["inputs"]["resized_images"]
+    network = (
+        "SeedVR2Preprocess",
+        "VAEEncodeTiled",
+        "SeedVR2Conditioning",
+        "KSampler",
+        "VAEDecodeTiled",
+        "UNETLoader",
+        "VAELoader",
+    )
     return {node: part for node, part in work.items() if part["class_type"] not in network}
 
 
