@@ -14,6 +14,8 @@ ALIASES = {
     "TUDSRUpscaleFolder": "batch upscale, directory, bulk, super-resolution",
     "TUDSRLoadFromFolder": "batch, directory, load images from folder, image iterator",
     "TUDSRSaveWithSourceName": "save image with original filename, keep exif, metadata, batch",
+    "TUDSRLoadPicture": "load image, 16-bit, EXR, HDR, TIFF, float, high bit depth",
+    "TUDSRSavePicture": "save image, 16-bit, EXR, HDR, TIFF, float, keep exif, color profile",
     "TUDSRPlan": "dry run, estimate, count tiles, memory",
     "TUDSROneStepSigmas": "scheduler, single step, timestep to sigma",
     "TUDSROneStepLatent": "scale latent, single step",
