@@ -161,8 +161,8 @@ def _fine(picture: Tensor) -> Tensor:
     return spectrum[torch.maximum(*axes) > 0.375].mean()
 
 
-ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "fresh critic", "turns alone", "truth")
-LEARNING = ("co-learning", "fresh critic", "turns alone")  # in which the downsampler goes on learning
+ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "without D_H", "fresh critic", "turns alone", "truth")
+LEARNING = ("co-learning", "without D_H", "fresh critic", "turns alone")  # in which the downsampler goes on learning
 DOWN = ("P", "G")
 DONE = "done.json"
 TAUGHT, STEPS, ALONE = 120, 200, 600  # of the teacher, of every student, of a downsampler alone
@@ -208,6 +208,7 @@ def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
         "truth": (PAIRS_ONLY, dict(data=dict(paired=True, poor=(root / "truth",)))),
         "turns alone": (TOGETHER, TURNS_ALONE, going_on),
         "fresh critic": (TOGETHER, dict(downsampler=dict(start=down["G"]))),
+        "without D_H": (TOGETHER, going_on, dict(weights=dict(adversarial=0.0))),
         "co-learning": (TOGETHER, going_on),
     }[arm]
     config = read_colearn(CONFIGS / "colearn.toml", "downsampler" if arm in DOWN else "colearn")
