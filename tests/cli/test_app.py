@@ -447,7 +447,7 @@ def test_pictures_and_models_without_their_packages_are_one_line_each(photo, tmp
     model = ["--model", small_sd / "base", "--stage-one", small_sd / "one", "--method", "tudsr"]
     for package, arguments, says in (
         ("tifffile", [deep, photo, "-o", tmp_path / "made", "--scale", "2"], f"{deep} {needs}"),
-        ("tifffile", [photo, "-o", tmp_path / "x.tif", "--scale", "2"], f"{photo} {needs}"),
+        ("tifffile", [photo, "-o", tmp_path / "x.tif", "--scale", "2"], f"{photo}: {tmp_path / 'x.tif'} {needs}"),
         ("diffusers", [photo, "-o", tmp_path / "x.png", *model], f"this {needs}"),
     ):
         command, env = [*TUDSR, "upscale", *arguments], without(package)

@@ -64,7 +64,7 @@ def test_the_plan_is_shown_before_anything_runs(files, tmp_path):
     done = run(files, "-o", tmp_path / "a.png", *own, "--dry-run")
     assert done.returncode == 0 and not (tmp_path / "a.png").exists()
     text = " ".join(done.stdout.split())
-    assert "30 x 19 to 246 x 156, 24 network calls" in text and "6 tiles (3 x 2) of 128 x 128, 2 steps" in text
+    assert "30 x 19 to 186 x 118, 8 network calls" in text and "2 tiles (2 x 1) of 128 x 120, 2 steps" in text
     assert "inventive 0.2 (CFW's weight 0.8)" in text
 
 

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 # Cases of the default test run, and of `--all`.
 COUNTS = {
-    "pictures": (150, 10_300),
-    "weights": (100, 3_253),
+    "pictures": (180, 10_300),
+    "weights": (70, 3_253),
     "prompts": (100, 1_550),
     "manifests": (150, 1_500),
 }

@@ -21,7 +21,7 @@ COMFY = shutil.which("comfy", path=f"{Path(sys.executable).parent}{os.pathsep}{o
 # Beside code and templates: what says who may use it, what it is and what it asks for.
 OUTSIDE_FOLDERS = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"}
 OUTSIDE_FOLDERS |= {"SECURITY.md"}
-FOLDERS = ("nodes/", "tudsr_core/", "locales/", "workflows/")
+FOLDERS = ("nodes/", "tudsr_core/", "locales/", "subgraphs/", "workflows/")
 MAX_ZIP_BYTES = 9 * 2**20
 
 
@@ -78,10 +78,11 @@ def test_the_archive_holds_what_the_nodes_need_and_nothing_else(archive):
     assert outside == OUTSIDE_FOLDERS
     needed = {
         path.relative_to(PACK).as_posix()
-        for folder in ("nodes", "tudsr_core", "locales")
+        for folder in ("nodes", "tudsr_core", "locales", "subgraphs")
         for path in (PACK / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    needed = {name for name in needed if name != "locales/make.py" and not name.endswith("/words.json")}
     needed |= {f"workflows/{path.name}" for kind in ("json", "jpg") for path in (PACK / "workflows").glob(f"*.{kind}")}
     assert names - outside == needed
     assert archive.stat().st_size < MAX_ZIP_BYTES
