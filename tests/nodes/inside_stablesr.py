@@ -129,8 +129,9 @@ def check_a_steered_unet_equals_diffusers():
 def check_aggregation_sampling_is_the_slow_loop():
     """In float64, because guidance of 7 multiplies what two networks round differently.
 
-    Newer ComfyUI (0.33) keeps the latent in float32 whatever the networks compute in.
+    Newer ComfyUI (0.33) keeps the latent in float32 whatever the networks compute in, and draws fresh noise so.
     """
+    allowed = {torch.float64: 1e-5, torch.float32: 1e-4}
     texts = [[[text[0][0].double(), {}]] for text in (words(1), words(2))]
     for kind in ("eps", "v"):
         managed = stablesr()
@@ -141,9 +142,9 @@ def check_aggregation_sampling_is_the_slow_loop():
             conditions = [HOST.with_picture(text, low) for text in texts]
             for cfg in (1.0, 7.0):
                 ours = sample(model, low, *conditions, cfg)
-                truth = slow_sampling(kind, low, texts, cfg, ours.dtype)
-                error = (ours - truth).abs().max() / truth.abs().max()
-                assert error < (1e-5 if ours.dtype == torch.float64 else 1e-4), (kind, size, cfg, float(error))
+                truths = ((most, slow_sampling(kind, low, texts, cfg, drawn)) for drawn, most in allowed.items())
+                errors = ((most, (ours - truth).abs().max() / truth.abs().max()) for most, truth in truths)
+                assert any(error < most for most, error in errors), (kind, size, cfg)
 
 
 def check_the_model_without_stablesr_is_as_before():

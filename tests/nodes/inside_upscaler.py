@@ -226,7 +226,8 @@ def check_widget_defaults_are_the_librarys():
 def check_plan_speaks_and_draws():
     first, _, vae, _ = embedded()
     out = NODES["TUDSRPlan"].execute(picture(1, 100, 150), first, vae, 8.0, 0, 0, 512, 128, 1)
-    grid, words, calls = out.args
+    grid, words, calls, tiles = out.args
+    assert (tiles.height, tiles.width) == (200, 300), "of the last stage, in latents"
     assert "150 x 100 to 1200 x 800" in words
     assert calls == 2 + 6
     assert tuple(grid.shape[:1]) == (1,) and grid.shape[-1] == 3
