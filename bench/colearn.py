@@ -173,7 +173,7 @@ COMMON = dict(
     run=dict(precision="fp32", gradient_checkpointing=False, save_every=60, keep=1, tensorboard=False),
 )
 PAIRS_ONLY = dict(
-    weights=dict(adversarial=0.0, cycle=0.0, down_cycle=0.0),
+    weights=dict(adversarial=0.0, cycle=0.0),
     teacher=dict(kind="none"),
     phases=dict(joint=STEPS),
     downsampler=dict(learns=False),
@@ -188,7 +188,7 @@ TOGETHER = dict(
 )
 # Of co-learning only that student and downsampler take turns: no cycle, no teacher, no D_H.
 TURNS_ALONE = dict(
-    weights=dict(adversarial=0.0, cycle=0.0),
+    weights=dict(adversarial=0.0, cycle=0.0, down_cycle=0.0),
     teacher=dict(kind="none"),
 )
 

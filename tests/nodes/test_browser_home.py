@@ -116,6 +116,7 @@ def test_the_language_is_switched_in_the_settings(browser_server, tmp_path):
             for setting in names.values():
                 page.get_by_text(setting["name"]).first.wait_for(timeout=10000)
             page.get_by_text("放大", exact=True).first.wait_for(timeout=10000)
+            assert all(page.get_by_text(setting["name"]).first.is_visible() for setting in names.values())
             shot(page, "zh-settings", tmp_path)
         finally:
             page.evaluate(switch, "en")

@@ -49,7 +49,7 @@ def newest_part(output: Path, part: str) -> dict[str, Tensor]:
     tensors = read_file(saved[-1]).tensors if saved else {}
     found = {name.removeprefix(f"{part}/"): one for name, one in tensors.items() if name.startswith(f"{part}/")}
     if not found:
-        raise ConfigError(f"{output} holds no checkpoint of a training that has one; name the folder that it wrote to")
+        raise ConfigError(f"{output} holds no checkpoint with a network {part!r}; name the folder of its training")
     return found
 
 
