@@ -126,7 +126,7 @@ def test_help_without_a_translation_is_english(browser_server):
     with open_page(browser_server.url, language="de-DE") as page:
         page.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('TUDSRPlan')) }")
         fit(page)
-        assert "Nothing is computed" in help_of(page, "TUDSRPlan") or "TUDSR Plan" in help_of(page, "TUDSRPlan")
+        assert "Shows what an upscale will do, before anything runs" in help_of(page, "TUDSRPlan")
 
 
 def blueprint_of(server):

@@ -247,7 +247,7 @@ def test_the_critic_of_poor_pictures_goes_on_or_says_why_not(root):
     assert not torch.equal(fresh["0.bias"], wanted["0.bias"])
     with pytest.raises(ConfigError, match=r"has a D_L of another size; set \[critics\] width"):
         Colearner(replace(going_on, critics=replace(going_on.critics, width=8)))
-    with pytest.raises(ConfigError, match="good holds no checkpoint with a network 'low'; name the folder of its training"):
+    with pytest.raises(ConfigError, match="good holds no checkpoint with a network 'low'; name the folder"):
         Colearner(replace(going_on, critics=replace(going_on.critics, low=root / "good")))
 
 

@@ -120,7 +120,7 @@ class Judge:
         return terms
 
     def of_cycle(self, sample: Sample, made: Made, student_share: float | None, down_learns: bool) -> Terms:
-        """Return the way from poor to good and back, LR -> HR -> LR, against the poor picture: what a blur leaves of both.
+        """Return what a blur leaves of the way LR -> HR -> LR against what it leaves of the poor picture.
 
         `student_share` is the student's weight; None leaves it without a gradient. Where the downsampler
         learns, its own weight counts, and only its share of the gradient passes on to the student.
