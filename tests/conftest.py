@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A process per core: threads on top would only wait for each other. Before torch is imported.
@@ -11,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from tudsr_core.diffusion.one_step import from_noise_level
@@ -19,7 +23,20 @@ from tudsr_core.methods.plan import StageLimits
 from tudsr_core.methods.two_stage import Stage, TwoStageModel
 from tudsr_core.tiling.fitting import NetworkFacts
 
+Made = TypeVar("Made")
 LONG = pytest.mark.skipif(not os.environ.get("TUDSR_TEST_LONG"), reason="takes minutes: set TUDSR_TEST_LONG=1")
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], Made]) -> Made:
+    """Return `make(folder)`, computed by the first process of the test run that asks; the others read what it made."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / f"{name}.lock"):
+        made, folder = root / f"{name}.pickle", root / name
+        if not made.exists():
+            folder.mkdir()
+            made.write_bytes(pickle.dumps(make(folder)))
+    return pickle.loads(made.read_bytes())
 
 
 class IdentityNetworks:
@@ -86,9 +103,7 @@ def small_sd(tmp_path_factory):
     """Return the folder of `small_sd.write`."""
     import small_sd
 
-    root = tmp_path_factory.mktemp("sd")
-    small_sd.write(root)
-    return root
+    return made_once(tmp_path_factory, "sd", small_sd.write)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +111,7 @@ def published_files(tmp_path_factory):
     """Return one adapter of every published format, by name, with what its own networks compute."""
     import published
 
-    return published.write_all(tmp_path_factory.mktemp("published"))
+    return made_once(tmp_path_factory, "published", published.write_all)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,9 @@ Every B matrix is random: zero-initialised ones would hide every mistake in the 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -44,6 +46,11 @@ class Published:
 
 def networks() -> tuple[nn.Module, nn.Module]:
     """Return `(unet, vae)`, the same random ones every time."""
+    return deepcopy(_drawn())
+
+
+@cache
+def _drawn() -> tuple[nn.Module, nn.Module]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(0)

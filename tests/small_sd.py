@@ -38,8 +38,8 @@ SMALL_TEXT = dict(
 )
 
 
-def write(root: Path) -> None:
-    """Write `base`, with a tokenizer, and two adapters, `one` and `two`, all random, into `root`."""
+def write(root: Path) -> Path:
+    """Write `base`, with a tokenizer, and two adapters, `one` and `two`, all random, into `root`; returns `root`."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**SMALL_UNET)
     unet.save_pretrained(root / "base" / "unet")
@@ -56,6 +56,7 @@ def write(root: Path) -> None:
                 torch.nn.init.normal_(parameter, std=0.1)
         adapted.save_pretrained(root / name / "unet_lora_adapter")
         unet = adapted.unload()
+    return root
 
 
 def write_tokenizer(folder: Path) -> None:

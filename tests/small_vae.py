@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +26,18 @@ SHALLOW = dict(block_out_channels=(8, 16), norm_num_groups=4) | {
 
 def make_vae(dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> nn.Module:
     """Return diffusers' AutoencoderKL with SD's topology; no weight, norms' included, is at its default."""
+    return nn.Module.to(deepcopy(_drawn(seed, **config)), dtype)
+
+
+@cache
+def _drawn(seed: int, **config) -> nn.Module:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
     vae = AutoencoderKL(**(CONFIG | config)).eval().requires_grad_(False)
     for parameter in vae.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
-    return nn.Module.to(vae, dtype)
+    return vae
 
 
 def contents(channels: int, height: int, width: int, batch: int = 2) -> dict[str, Tensor]:

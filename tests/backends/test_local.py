@@ -1,6 +1,7 @@
 import json
 import shutil
 import socket
+from functools import cache
 
 import published
 import pytest
@@ -282,12 +283,18 @@ def test_one_adapter_alone_keeps_no_second_copy_of_its_weights(published_base):
         merger.use(None)
 
 
+@cache
+def original_tensors(base):
+    """Return the base's UNet and VAE under the original checkpoint's names."""
+    vae, unet, _ = read_base(base)
+    return to_ldm(unet, vae)
+
+
 def single_file(base, path, prefix="cond_stage_model.model.", **more):
     """Write the base as one checkpoint in the original layout, its text tower under `prefix`."""
-
-    vae, unet, _ = read_base(base)
-    tensors = to_ldm(unet, vae)
-    tensors |= {key.replace("cond_stage_model.model.", prefix): value for key, value in text_weights().items()}
+    tensors = original_tensors(base) | {
+        key.replace("cond_stage_model.model.", prefix): value for key, value in text_weights().items()
+    }
     save_file(tensors | more, path)
     return Architecture(SMALL_UNET, SMALL_VAE, {**SMALL_TEXT, "hidden_act": "gelu"})
 
@@ -376,8 +383,9 @@ def test_folders_may_be_half_precision_sharded_or_old(small_sd, tmp_path):
     torch.save(renamed, vae / f"{stem}.bin")
     made_vae, made_unet, _ = read_base(tmp_path / "base", torch.float16)
     for made, wanted in ((made_vae, wanted_vae), (made_unet, wanted_unet)):
+        found = made.state_dict()
         for key, value in wanted.state_dict().items():
-            assert torch.equal(made.state_dict()[key], value.half()), key
+            assert torch.equal(found[key], value.half()), key
     (vae / f"{stem}.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="it is empty"):
         read_base(tmp_path / "base")
@@ -406,8 +414,9 @@ def test_sd21_single_file_equals_the_folder(small_sd, tmp_path):
         tmp_path / "single.safetensors", architecture=Architecture(SMALL_UNET, SMALL_VAE, SMALL_TEXT)
     )
     for made, wanted in ((made_vae, vae), (made_unet, unet)):
+        found = made.state_dict()
         for key, value in wanted.state_dict().items():
-            assert torch.equal(made.state_dict()[key], value), key
+            assert torch.equal(found[key], value), key
 
 
 @pytest.fixture

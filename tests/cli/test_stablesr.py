@@ -1,10 +1,10 @@
 """`tudsr upscale --method stablesr`, from small files to a picture."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import small_sd
 import torch
 from command import tudsr
 from models.test_cfw import small
@@ -22,10 +22,10 @@ from tudsr_core.weights import CheckpointError
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory, small_sd):
     """Return a folder with a base model, StableSR's file, CFW's and a picture."""
     folder = tmp_path_factory.mktemp("stablesr")
-    small_sd.write(folder)
+    shutil.copytree(small_sd / "base", folder / "base")
     save_file(random_tensors(), folder / "stablesr.safetensors")
     own = {f"decoder.{key}": value.contiguous() for key, value in small(widths=(32, 32), growth=8).state_dict().items()}
     torch.save({"state_dict": own}, folder / "vqgan_cfw_00011.ckpt")

@@ -264,9 +264,10 @@ def test_converted_file_tags_alike(published, tmp_path):
     write_tagger(tmp_path / "dape.safetensors", tagger)
     again = load_tagger(tmp_path / "dape.safetensors")
     assert (again.labels, again.thresholds, again.network.config) == (tagger.labels, tagger.thresholds, SMALL)
+    found = tagger.network.state_dict()
     for key, value in again.network.state_dict().items():
         assert value.dtype == torch.float32
-        assert torch.equal(value, tagger.network.state_dict()[key].half().float()), key
+        assert torch.equal(value, found[key].half().float()), key
     assert (again.probabilities(pictures()) - tagger.probabilities(pictures())).abs().max() < 0.01
     assert all(value.dtype == torch.float16 for value in load_file(tmp_path / "dape.safetensors").values())
     write_tagger(tmp_path / "again.safetensors", again)
