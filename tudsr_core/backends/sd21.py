@@ -6,7 +6,8 @@ look-up is not an option. Adapters and stages are not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -179,12 +180,21 @@ def _copied(path: Path, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtyp
     return own
 
 
+@contextmanager
+def _no_weights() -> Iterator[None]:
+    """Let networks be built with neither memory nor random numbers, which take longer than reading a small file."""
+    from diffusers.models.modeling_utils import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        yield
+
+
 def _fill(path: Path, name: str, kind: type, config: dict, weights: dict[str, Tensor]) -> nn.Module:
     """Build a network that takes `weights` as they are, without memory of its own."""
     for old, new in _RENAMED.items():
         weights = {key.replace(old, new): value for key, value in weights.items()}
     try:
-        with torch.device("meta"):
+        with _no_weights():
             network, unused = kind.from_config(config, return_unused_kwargs=True)
         _check_all_used(path, name, unused)
         network.load_state_dict(weights, assign=True)
@@ -257,7 +267,7 @@ def _read_single_file(
             raise CheckpointError(f"{path} is no checkpoint of Stable Diffusion: it has no {prefix}* tensors")
         if TELLTALE in own and prediction_of(own[TELLTALE]) not in predictions:
             raise CheckpointError(f"{path} is SD2.1 (768), which predicts v; use SD2.1-base (512) or SD-Turbo")
-        with torch.device("meta"):
+        with _no_weights():
             full = dict(kind.from_config(config).config)
         try:
             weights = rename(dict(own), config=full)
@@ -299,7 +309,7 @@ def _text_network(path: Path, config: dict, read: Callable[[nn.Module], dict[str
     """Return CLIP's text tower of `config` with the weights of `read(tower)`; nothing is looked up anywhere."""
     transformers = import_transformers()
     try:
-        with torch.device("meta"):
+        with _no_weights():
             text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
         # Newer transformers leave out the level `text_model`, which files have.
         flat = "text_model.final_layer_norm.weight" not in text.state_dict()

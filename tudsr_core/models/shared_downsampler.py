@@ -196,15 +196,24 @@ def checkpoint_as_worn(block: nn.Module, *args: Any) -> Any:
     learns = worn.conv_in.weight.requires_grad
 
     def again(*inputs: Any) -> Any:
-        now = worn.conv_in.weight.requires_grad
-        worn.requires_grad_(learns)
-        try:
-            with worn.worn():
-                return block(*inputs)
-        finally:
-            worn.requires_grad_(now)
+        with _learning(worn, learns), worn.worn():
+            return block(*inputs)
 
     return checkpoint(again, *args, use_reentrant=False)
+
+
+@contextmanager
+def _learning(worn: SharedDownsampler, learns: bool) -> Iterator[None]:
+    """Let an adapter take gradients or not; a walk over its layers for every block is saved where it does already."""
+    now = worn.conv_in.weight.requires_grad
+    if now == learns:
+        yield
+        return
+    worn.requires_grad_(learns)
+    try:
+        yield
+    finally:
+        worn.requires_grad_(now)
 
 
 def _mean_of(vae: nn.Module, pictures: Tensor) -> Tensor:
