@@ -35,26 +35,20 @@ ELSEWHERE = {
     "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": (
         f"{HUGGINGFACE}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
         "clip_vision",
+        "sha256:6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
     ),
     "seedvr2_3b_int8_convrot.safetensors": (
         f"{HUGGINGFACE}/Comfy-Org/SeedVR2/resolve/main/diffusion_models/seedvr2_3b_int8_convrot.safetensors",
         "diffusion_models",
+        "sha256:c3dec8bcc5916843a8a858572970597462e1f2dc598d6dfd818f6cd40f53a157",
     ),
     "seedvr2_ema_vae_fp16.safetensors": (
         f"{HUGGINGFACE}/Comfy-Org/SeedVR2/resolve/main/vae/seedvr2_ema_vae_fp16.safetensors",
         "vae",
+        "sha256:20678548f420d98d26f11442d3528f8b8c94e57ee046ef93dbb7633da8612ca1",
     ),
 }
-"""Address and folder of files that templates load and `tudsr download` does not know: other packs use them too."""
-SHA256 = {
-    "v2-1_512-ema-pruned.safetensors": "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
-    "v2-1_768-ema-pruned.safetensors": "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
-    "sd_turbo.safetensors": "3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549",
-    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
-    "seedvr2_3b_int8_convrot.safetensors": "c3dec8bcc5916843a8a858572970597462e1f2dc598d6dfd818f6cd40f53a157",
-    "seedvr2_ema_vae_fp16.safetensors": "20678548f420d98d26f11442d3528f8b8c94e57ee046ef93dbb7633da8612ca1",
-}
-"""Digests that at least two lists of others publish for the file at its address; of the rest none is known."""
+"""Address, folder and digest of files that templates load and `tudsr download` does not know: other packs use them."""
 LOADERS = ("CheckpointLoaderSimple", "CLIPVisionLoader", "UNETLoader", "VAELoader")
 LOADERS += ("TUDSRLoadAdapter", "TUDSRLoadStableSR", "TUDSRLoadCFW")
 NOTES = {
@@ -252,11 +246,12 @@ def model_link(node: dict) -> dict | None:
         return None
     name = node["widgets_values"][0]
     known = known_file(name)
-    url, folder = (known.url, known.folder) if known else ELSEWHERE.get(name, (None, None))
+    url, folder, digest = (known.url, known.folder, known.digest) if known else ELSEWHERE.get(name, (None,) * 3)
     if url is None:
         return None
-    digest = {"hash": SHA256[name], "hash_type": "SHA256"} if name in SHA256 else {}
-    return {"name": name, "url": url, **digest, "directory": folder}
+    kind, _, value = (digest or "").partition(":")
+    said = {"hash": value, "hash_type": "SHA256"} if kind == "sha256" else {}
+    return {"name": name, "url": url, **said, "directory": folder}
 
 
 def make(page, name: str) -> None:

@@ -11,8 +11,8 @@ class KnownFile:
 
     `page` is where its authors offer it; `url` the file itself, None where a browser is needed.
     `folder` is below ComfyUI's `models`. `digest` is `sha256:<hex>`, or `git:<hex>` for the blob id
-    of a file kept in a Git repository; None where nothing is published, in which case the server's
-    own digest is used.
+    of a file kept in a Git repository. Those of safetensors files are what at least two lists of others
+    publish for them; None where nothing is published, in which case the server's own digest is used.
     """
 
     name: str
@@ -42,6 +42,7 @@ KNOWN_FILES = (
         _OPEN_RAIL,
         "checkpoints",
         f"{_SD21}/resolve/main/v2-1_512-ema-pruned.safetensors",
+        "sha256:df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
     ),
     KnownFile(
         "v2-1_768-ema-pruned.safetensors",
@@ -50,6 +51,7 @@ KNOWN_FILES = (
         _OPEN_RAIL,
         "checkpoints",
         f"{_SD21_768}/resolve/main/v2-1_768-ema-pruned.safetensors",
+        "sha256:dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
     ),
     KnownFile(
         "sd_turbo.safetensors",
@@ -58,6 +60,7 @@ KNOWN_FILES = (
         "Stability AI Community / non-commercial research",
         "checkpoints",
         f"{_HUGGINGFACE}/stabilityai/sd-turbo/resolve/main/sd_turbo.safetensors",
+        "sha256:3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549",
     ),
     KnownFile(
         "omgsr-s-512-adapter",
