@@ -161,8 +161,9 @@ def _fine(picture: Tensor) -> Tensor:
     return spectrum[torch.maximum(*axes) > 0.375].mean()
 
 
-ARMS = ("clean", "real-esrgan", "pixel", "latent", "co-learning", "without D_H", "fresh critic", "turns alone", "truth")
-LEARNING = ("co-learning", "without D_H", "fresh critic", "turns alone")  # in which the downsampler goes on learning
+LESS = ("without D_H", "without teacher", "without cycle", "fresh critic", "turns alone")  # than all of co-learning
+LEARNING = ("co-learning", *LESS)  # in which the downsampler goes on learning
+ARMS = ("clean", "real-esrgan", "pixel", "latent", *LEARNING, "truth")
 DOWN = ("P", "G")
 DONE = "done.json"
 TAUGHT, STEPS, ALONE = 120, 200, 600  # of the teacher, of every student, of a downsampler alone
@@ -186,11 +187,9 @@ TOGETHER = dict(
     phases=dict(teacher=TAUGHT, joint=2 * STEPS),
     safeguards=dict(every=40),
 )
-# Of co-learning only that student and downsampler take turns: no cycle, no teacher, no D_H.
-TURNS_ALONE = dict(
-    weights=dict(adversarial=0.0, cycle=0.0, down_cycle=0.0),
-    teacher=dict(kind="none"),
-)
+NO_D_H = dict(weights=dict(adversarial=0.0))
+NO_TEACHER = dict(weights=dict(distill=0.0), teacher=dict(kind="none"))
+NO_CYCLE = dict(weights=dict(cycle=0.0, down_cycle=0.0))
 
 
 def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
@@ -206,9 +205,11 @@ def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
         "pixel": (PAIRS_ONLY, dict(downsampler=dict(start=down["P"]))),
         "latent": (PAIRS_ONLY, dict(downsampler=dict(start=down["G"]))),
         "truth": (PAIRS_ONLY, dict(data=dict(paired=True, poor=(root / "truth",)))),
-        "turns alone": (TOGETHER, TURNS_ALONE, going_on),
+        "turns alone": (TOGETHER, going_on, NO_D_H, NO_TEACHER, NO_CYCLE),
         "fresh critic": (TOGETHER, dict(downsampler=dict(start=down["G"]))),
-        "without D_H": (TOGETHER, going_on, dict(weights=dict(adversarial=0.0))),
+        "without D_H": (TOGETHER, going_on, NO_D_H),
+        "without teacher": (TOGETHER, going_on, NO_TEACHER),
+        "without cycle": (TOGETHER, going_on, NO_CYCLE),
         "co-learning": (TOGETHER, going_on),
     }[arm]
     config = read_colearn(CONFIGS / "colearn.toml", "downsampler" if arm in DOWN else "colearn")

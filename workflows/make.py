@@ -49,6 +49,8 @@ ELSEWHERE = {
     ),
 }
 """Address, folder and digest of files that templates load and `tudsr download` does not know: other packs use them."""
+TITLE = 40  # of a node, above its place
+CORNER, SEEN = (90, 100), (1240, 680)  # pixels of a small window that neither side bar nor menu covers
 LOADERS = ("CheckpointLoaderSimple", "CLIPVisionLoader", "UNETLoader", "VAELoader")
 LOADERS += ("TUDSRLoadAdapter", "TUDSRLoadStableSR", "TUDSRLoadCFW")
 NOTES = {
@@ -232,6 +234,16 @@ def lay_out(workflow: dict, api: dict) -> None:
         x += widest + 60
 
 
+def set_first_view(workflow: dict) -> None:
+    """Have the whole graph seen when it is opened, right of ComfyUI's side bar and below its menu."""
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+    left, top = min(box[0] for box in boxes), min(box[1] for box in boxes) - TITLE
+    width, height = max(x + w for x, _, w, _ in boxes) - left, max(y + h for _, y, _, h in boxes) - top
+    scale = min(SEEN[0] / width, SEEN[1] / height, 1.0)
+    offset = [round(corner / scale - start) for corner, start in zip(CORNER, (left, top), strict=True)]
+    workflow["extra"]["ds"] = {"scale": round(scale, 3), "offset": offset}
+
+
 def add_note(workflow: dict, text: str) -> None:
     """Put a Markdown note left of the graph, as the first thing one reads."""
     number = workflow["last_node_id"] = max(node["id"] for node in workflow["nodes"]) + 1
@@ -268,6 +280,7 @@ def make(page, name: str) -> None:
         if link := model_link(node):
             node.setdefault("properties", {})["models"] = [link]
     add_note(workflow, NOTES[name])
+    set_first_view(workflow)
     for node in workflow["nodes"]:
         values = node.get("widgets_values") or []
         node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]

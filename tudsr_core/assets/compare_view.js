@@ -19,6 +19,7 @@ const CSS = `
   padding: 2px 10px; cursor: pointer }
 .compare-view button[aria-pressed=true] { background: #e8e8e8; color: #111 }
 .compare-view.differs .divider, .compare-view.differs .name { display: none }
+.compare-view.empty > :not(.pane) { display: none }
 .compare-view.differs .first { mix-blend-mode: difference }
 `;
 const GAINS = [1, 4, 16];
@@ -38,7 +39,7 @@ export function compareView(host) {
         style.id = "compare-view-style";
         style.textContent = CSS;
     }
-    host.classList.add("compare-view");
+    host.classList.add("compare-view", "empty");
     host.tabIndex = 0;
     const pictures = make("div", host, "pane");
     const second = make("img", make("div", pictures, "pane second"));
@@ -60,6 +61,7 @@ export function compareView(host) {
 
     function draw() {
         if (!second.naturalWidth || !host.clientWidth) return;
+        host.classList.remove("empty");
         const scale = zoom || fitting();
         const [width, height] = [second.naturalWidth * scale, second.naturalHeight * scale];
         const place = (at, size, room) => (size <= room ? (room - size) / 2 : Math.min(0, Math.max(room - size, at)));
