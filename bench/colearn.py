@@ -161,8 +161,8 @@ def _fine(picture: Tensor) -> Tensor:
     return spectrum[torch.maximum(*axes) > 0.375].mean()
 
 
-LESS = ("without D_H", "without teacher", "without cycle", "fresh critic", "turns alone")  # than all of co-learning
-LEARNING = ("co-learning", *LESS)  # in which the downsampler goes on learning
+LESS = ("without D_H", "without teacher", "without cycle", "teacher alone", "cycle alone", "turns alone")
+LEARNING = ("co-learning", "fresh critic", *LESS)  # in which the downsampler goes on learning
 ARMS = ("clean", "real-esrgan", "pixel", "latent", *LEARNING, "truth")
 DOWN = ("P", "G")
 DONE = "done.json"
@@ -205,6 +205,8 @@ def settings(root: Path, arm: str, seed: int) -> ColearnConfig:
         "pixel": (PAIRS_ONLY, dict(downsampler=dict(start=down["P"]))),
         "latent": (PAIRS_ONLY, dict(downsampler=dict(start=down["G"]))),
         "truth": (PAIRS_ONLY, dict(data=dict(paired=True, poor=(root / "truth",)))),
+        "teacher alone": (TOGETHER, going_on, NO_D_H, NO_CYCLE),
+        "cycle alone": (TOGETHER, going_on, NO_D_H, NO_TEACHER),
         "turns alone": (TOGETHER, going_on, NO_D_H, NO_TEACHER, NO_CYCLE),
         "fresh critic": (TOGETHER, dict(downsampler=dict(start=down["G"]))),
         "without D_H": (TOGETHER, going_on, NO_D_H),

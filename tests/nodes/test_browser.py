@@ -57,6 +57,15 @@ PLAN = {
 }
 
 
+def load_api(page, graph):
+    """Open a graph of the API's form, with an id, as saved workflows have: later frontends give it one on a reload."""
+    page.evaluate(
+        "async api => { await app.loadApiJson(JSON.parse(api), 'test'); app.graph.id = crypto.randomUUID() }",
+        json.dumps(graph),
+    )
+    fit(page)
+
+
 def shown_texts(page):
     """Return what read-only boxes on nodes show."""
     return page.evaluate("() => [...document.querySelectorAll('textarea')].filter(e => e.readOnly).map(e => e.value)")
@@ -65,8 +74,7 @@ def shown_texts(page):
 @pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "vue"])
 def test_what_is_typed_is_run_and_what_a_node_says_is_seen(browser_server, vue):
     with open_page(browser_server.url, vue=vue) as page:
-        page.evaluate("async api => { await app.loadApiJson(JSON.parse(api), 'plan') }", json.dumps(PLAN))
-        fit(page)
+        load_api(page, PLAN)
         page.evaluate(
             """() => {
                 const widget = app.graph._nodes.find(n => n.type == 'TUDSRPlan').widgets.find(w => w.name == 'scale');
@@ -79,6 +87,9 @@ def test_what_is_typed_is_run_and_what_a_node_says_is_seen(browser_server, vue):
         assert ran["3"]["inputs"]["scale"] == 3.14
         assert set(ran["3"]["inputs"]).isdisjoint({"says"})
         wanted = "200 x 133 to 628 x 418"
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('textarea')].some(e => e.value.includes('is used'))"
+        )
         assert any(wanted in text and "64 is used" in text for text in shown_texts(page))
         assert wanted not in page.evaluate("() => JSON.stringify(app.graph.serialize())")
         page.evaluate(
@@ -138,10 +149,10 @@ def test_two_pictures_are_compared_on_the_node(browser_server, vue):
     })"""
     shown = "() => document.querySelector('.compare-view .second img')?.naturalWidth > 0"
     with open_page(browser_server.url, vue=vue) as page:
-        page.evaluate("async api => { await app.loadApiJson(JSON.parse(api), 'compare') }", json.dumps(COMPARE))
-        fit(page)
+        load_api(page, COMPARE)
         run_graph(page)
         page.wait_for_function(shown)
+        page.wait_for_timeout(1000)  # for the node to have its size
         assert page.evaluate(sizes) == [[200, True], [400, True]]
         assert any("after against reference: PSNR-Y" in text for text in shown_texts(page))
         box = page.locator(".compare-view").bounding_box()

@@ -12,15 +12,24 @@ function translator() {
     return vue?._context?.provides?.[vue.__VUE_I18N_SYMBOL__]?.global;
 }
 
+/** The browser's language where English is shown but nobody chose it: so do later frontends (1.49) what they lack. */
+async function wantedLanguage(shown) {
+    if (shown !== "en") return shown;
+    const chosen = await api.getSetting("Comfy.Locale").catch(() => shown);
+    return chosen ?? navigator.language.split("-")[0];
+}
+
 app.registerExtension({
     name: "TUDSR.Languages",
     async init() {
-        const [i18n, language] = [translator(), app.extensionManager.setting.get("Comfy.Locale")];
-        if (!i18n?.mergeLocaleMessage || i18n.te("nodeDefs.TUDSRUpscale.display_name", language)) return;
+        const [i18n, shown] = [translator(), app.extensionManager.setting.get("Comfy.Locale")];
+        const wanted = await wantedLanguage(shown);
+        if (!i18n?.mergeLocaleMessage) return;
+        if (shown === wanted && i18n.te("nodeDefs.TUDSRUpscale.display_name", shown)) return;
         const served = await api.fetchApi("/i18n");
-        const words = served.ok && (await served.json())[language];
+        const words = served.ok && (await served.json())[wanted];
         if (!words?.nodeDefs?.TUDSRUpscale) return;
         const { nodeDefs, settings, settingsCategories } = words;
-        i18n.mergeLocaleMessage(language, { nodeDefs, settings, settingsCategories });
+        i18n.mergeLocaleMessage(shown, { nodeDefs, settings, settingsCategories });
     },
 });
