@@ -348,7 +348,7 @@ def main() -> None:
         raise SystemExit("set COMFYUI_PATH and COMFYUI_PYTHON to a ComfyUI")
     base = Path(tempfile.mkdtemp())
     sd_stand_in.write(base / "models")
-    for name, (_, folder) in ELSEWHERE.items():
+    for name, (_, folder, _) in ELSEWHERE.items():
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)
         (base / "models" / folder / name).touch()  # to be chosen; it is not loaded
     server = Server(comfyui, base, packs={"tests_pack": sd_stand_in.PACK})
