@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable
@@ -25,6 +26,11 @@ from tudsr_core.tiling.fitting import NetworkFacts
 
 Made = TypeVar("Made")
 LONG = pytest.mark.skipif(not os.environ.get("TUDSR_TEST_LONG"), reason="takes minutes: set TUDSR_TEST_LONG=1")
+
+
+def pytest_collection_finish(session) -> None:
+    """Keep the collector from looking through all that was imported, again and again."""
+    gc.freeze()
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], Made]) -> Made:

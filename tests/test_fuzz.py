@@ -21,13 +21,12 @@ class Clear(Exception):
     pass
 
 
-def test_untrusted_input_gets_a_result_or_one_clear_line():
-    command = [sys.executable, str(RUN)]
-    done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+@pytest.mark.parametrize("name", COUNTS)
+def test_untrusted_input_gets_a_result_or_one_clear_line(name):
+    command = [sys.executable, str(RUN), name]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
-    assert all(f"{name}: {count} cases, 0 failed" in done.stdout for name, (count, _) in COUNTS.items()), done.stdout
+    assert f"{name}: {COUNTS[name][0]} cases, 0 failed" in done.stdout
 
 
 def test_the_same_content_is_written_as_the_same_bytes(tmp_path):

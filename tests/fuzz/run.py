@@ -8,6 +8,7 @@ memory. The same seed and counts give the same cases.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -103,6 +104,7 @@ def run_case(run: Callable[[], object], clear: tuple[type[BaseException], ...]) 
 def run_module(name: str, count: int, seed: int, only: str | None = None) -> Iterable[tuple[str, Outcome]]:
     """Yield `(case name, outcome)` of `count` cases of `fuzz.<name>`; with `only`, of the one of that name."""
     module = importlib.import_module(f"fuzz.{name}")
+    gc.freeze()  # a child whose collector looks through what was imported here copies all of it
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as folder:
         for case in module.cases(random.Random(f"{name} {seed}"), Path(folder), count):
             if only in (None, case.name):
@@ -121,8 +123,8 @@ def main() -> int:
     if unknown := set(options.modules) - set(COUNTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(COUNTS)}")
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    # A forked child cannot use threads that its parent started.
-    importlib.import_module("torch").set_num_threads(1)
+    # A forked child cannot use threads that its parent started. Torch, where a module imports it, looks here.
+    os.environ["OMP_NUM_THREADS"] = "1"
     failed = total = 0
     for name in options.modules or COUNTS:
         count = options.count or COUNTS[name][options.all]
