@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -160,7 +161,7 @@ NESTED_KEY = b"\x80\x02}K\x01\x85q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"K\x01s
             lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0", encoding="utf-8"),
             "Git LFS pointer",
         ),
-        (lambda p: p.write_bytes(os.urandom(5000)), "no archive of torch.save"),
+        (lambda p: p.write_bytes(random.Random(0).randbytes(5000)), "no archive of torch.save"),
         (lambda p: torch.save([1, 2], p), "holds a list"),
         (expanded, "claims more values than the file holds"),
         (bomb, "entries are compressed"),
