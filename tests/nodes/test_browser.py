@@ -88,7 +88,7 @@ def test_what_is_typed_is_run_and_what_a_node_says_is_seen(browser_server, vue):
         assert set(ran["3"]["inputs"]).isdisjoint({"says"})
         wanted = "200 x 133 to 628 x 418"
         page.wait_for_function(
-            "() => [...document.querySelectorAll('textarea')].some(e => e.value.includes('is used'))"
+            "() => [...document.querySelectorAll('textarea')].some(e => e.readOnly && e.value.includes('is used'))"
         )
         assert any(wanted in text and "64 is used" in text for text in shown_texts(page))
         assert wanted not in page.evaluate("() => JSON.stringify(app.graph.serialize())")
