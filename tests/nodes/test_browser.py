@@ -58,9 +58,16 @@ PLAN = {
 
 
 def load_api(page, graph):
-    """Open a graph of the API's form, with an id, as saved workflows have: later frontends give it one on a reload."""
+    """Open a graph of the API's form as a saved workflow, which has an id: later frontends give it one on a reload.
+
+    The nodes are made anew under that id. Frontends of 2026 keep values of widgets under the graph's id, and a Vue
+    node shows those of the id that it was made under.
+    """
     page.evaluate(
-        "async api => { await app.loadApiJson(JSON.parse(api), 'test'); app.graph.id = crypto.randomUUID() }",
+        """async api => {
+            await app.loadApiJson(JSON.parse(api), 'test');
+            await app.loadGraphData({...app.graph.serialize(), id: crypto.randomUUID()});
+        }""",
         json.dumps(graph),
     )
     fit(page)
