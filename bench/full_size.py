@@ -54,8 +54,21 @@ def load_text(folder: Path) -> Tensor:
 
 def load_model(folder: Path, device: str = "cpu", dtype: str = "fp32") -> TwoStageModel:
     """Return a two-stage model; both stages share the bare backbone."""
-    text = load_text(folder)
-    unet, vae = (load_network(folder, name, device, dtype) for name in CONFIGS)
+    networks = (load_network(folder, name, device, dtype) for name in CONFIGS)
+    return two_stages(*networks, load_text(folder), device, dtype)
+
+
+def random_model(device: str = "cpu", dtype: str = "fp32") -> TwoStageModel:
+    """Return such a model with weights drawn on the device, which takes no file and no time there."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet, vae = (kind.from_config(config) for kind, config in CONFIGS.values())
+        text = torch.randn(1, 77, 1024)
+    return two_stages(unet, vae, text, device, dtype)
+
+
+def two_stages(unet: nn.Module, vae: nn.Module, text: Tensor, device: str, dtype: str) -> TwoStageModel:
+    """Return both stages on the same bare networks, with one prompt's embedding `1 77 1024`."""
     backbone = Backbone(vae, unet, lambda *words: text.expand(len(words), -1, -1), torch.device(device), DTYPES[dtype])
     stages = [Stage(LocalNetworks(backbone), (from_noise_level(t),), f"t={t}") for t in (200, 50)]
     return TwoStageModel(*stages, StageLimits())

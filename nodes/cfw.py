@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -103,7 +104,8 @@ class CFWDecode(io.ComfyNode):
         padded, padding = pad_to_multiple(pixels, exact.scale)
         check_fits(z, padded, pixels, exact.scale)
         decoded = padding.crop(decode(exact, z, padded, tiling))
-        return io.NodeOutput(match_color(decoded, pixels.expand(len(z), -1, -1, -1), color_fix).movedim(1, -1))
+        device, sources = comfy.model_management.get_torch_device(), pixels.expand(len(z), -1, -1, -1)
+        return io.NodeOutput(match_color(decoded, sources, color_fix, device).movedim(1, -1))
 
 
 def check_fits(z: Tensor, padded: Tensor, pixels: Tensor, scale: int) -> None:

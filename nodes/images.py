@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -48,5 +49,6 @@ class ColorFix(io.ComfyNode):
             raise ValueError(f"{len(image)} pictures but {len(source)} sources; give one source or one for each")
         pixels = rgb(image)
         wanted = rgb(source).expand(len(pixels), -1, -1, -1)
-        fixed = match_color(pixels, resize(wanted, tuple(pixels.shape[-2:])), method)
+        wanted = resize(wanted, tuple(pixels.shape[-2:]))
+        fixed = match_color(pixels, wanted, method, comfy.model_management.get_torch_device())
         return io.NodeOutput(fixed.movedim(1, -1))

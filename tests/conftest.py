@@ -52,6 +52,7 @@ class IdentityNetworks:
     """
 
     facts = NetworkFacts(latent_scale=8, multiple=8, weight_bytes=0, tile_bytes_per_pixel=1)
+    device = torch.device("cpu")
 
     def __init__(self, t: int, eps: Callable[[Tensor], Tensor] | None = None, fail_at: int | None = None) -> None:
         step = from_noise_level(t)

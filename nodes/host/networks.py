@@ -42,6 +42,11 @@ class ComfyNetworks:
         self.exact_vae = ExactVAE(vae)
 
     @property
+    def device(self) -> torch.device:
+        """Where ComfyUI lets the MODEL compute."""
+        return self.model.load_device
+
+    @property
     def facts(self) -> NetworkFacts:
         """Geometry, and ComfyUI's own estimate of memory."""
         channels = self.model.model.latent_format.latent_channels

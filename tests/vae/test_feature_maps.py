@@ -49,9 +49,9 @@ def test_statistics_of_tiles_are_those_of_the_feature_map(offset, noise):
     grouped = whole.view(4, -1)
     assert (mean - grouped.mean(1)).abs().max() < 1e-12 * max(1, offset)
     assert (variance / grouped.var(1, correction=0) - 1).abs().max() < 1e-9
-    assert feature_map.is_finite()
+    assert feature_map.finite()
     feature_map.add(feature_map.measure(torch.full((1, 12, 1, 1), torch.inf)))
-    assert not feature_map.is_finite()
+    assert not feature_map.finite()
 
 
 def test_joined_feature_maps_are_one_without_a_copy(noise):

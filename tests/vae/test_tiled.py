@@ -3,6 +3,7 @@ import torch
 from small_vae import contents, make_vae, tiled_vae
 
 from tudsr_core.vae import tiled as tiled_module
+from tudsr_core.vae import where_it_fits
 from tudsr_core.vae.settings import VAETiling
 from tudsr_core.vae.tiled import TiledVAE, posterior_latent
 
@@ -60,7 +61,7 @@ def test_layers_that_do_not_give_the_modules_result_are_not_used(caplog):
 def test_feature_maps_go_where_they_fit(monkeypatch):
     vae, seen = make_vae(torch.float32), []
     monkeypatch.setattr(
-        tiled_module, "run_layers", lambda *args: seen.append(args[4].planes) or torch.zeros(1, 3, 64, 64)
+        where_it_fits, "run_layers", lambda *args: seen.append(args[4].planes) or torch.zeros(1, 3, 64, 64)
     )
     monkeypatch.setattr(TiledVAE, "_difference", lambda self, side: "")
     z = torch.zeros(1, 4, 8, 8)

@@ -108,8 +108,11 @@ class Backbone:
         return output.latent if hasattr(output, "latent") else output.latents
 
     def free_bytes(self) -> int:
-        """Free memory of a CUDA device; 0 elsewhere."""
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        """Memory of a CUDA device that is free, or kept by torch and not in use; 0 elsewhere."""
+        if self.device.type != "cuda":
+            return 0
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + unused
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` is the device's or the CPU allocator's "not enough memory"."""
@@ -130,6 +133,11 @@ class LocalNetworks:
         self.unet_delta, self.vae_delta = unet or WeightDelta(), vae or WeightDelta()
         backbone.unet_merger.check(self.unet_delta, name)
         backbone.vae_merger.check(self.vae_delta, name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the shared backbone computes."""
+        return self.backbone.device
 
     @property
     def facts(self) -> NetworkFacts:

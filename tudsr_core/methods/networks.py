@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..tiling import NetworkFacts, Tile
@@ -42,6 +43,8 @@ class Networks(Protocol):
     """What the upscalers need of a model; one object per stage, sharing weights as it likes."""
 
     facts: NetworkFacts
+    device: torch.device
+    """Where the networks compute; pictures and latents lie in host memory."""
 
     def vae_calls(self, size: tuple[int, int]) -> int:
         """Return how often `on_tile` will be called by one encode plus one decode of `size` pixels."""

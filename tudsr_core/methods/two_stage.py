@@ -91,7 +91,10 @@ class TwoStage:
             options, pictures = _run_stage(pictures, stage, part, options, progress)
         made = plan.stages[-1].size
         matched = [
-            _clamped(match_color(picture, resize(source, made), options.color_fix), plan.size)
+            _clamped(
+                match_color(picture, resize(source, made), options.color_fix, self.model.first.networks.device),
+                plan.size,
+            )
             for picture, source in zip(pictures, started, strict=True)
         ]
         return join_alpha(matched[0] if len(matched) == 1 else torch.cat(matched), alpha)

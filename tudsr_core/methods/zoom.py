@@ -137,7 +137,9 @@ def zoom(
         decoded = networks.decode(encoded, progress.advance).float()
         if not torch.isfinite(decoded).all():
             raise ValueError("the decoder produced NaN or infinite pixels; run it in float32 (tudsr: --dtype fp32)")
-        results.append(match_color(padding.crop(decoded).clamp(0, 1), enlarged, plan.options.color_fix))
+        results.append(
+            match_color(padding.crop(decoded).clamp(0, 1), enlarged, plan.options.color_fix, networks.device)
+        )
     return join_alpha(torch.cat(results), alpha)
 
 

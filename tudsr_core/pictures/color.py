@@ -6,6 +6,7 @@ All functions take `B 3 H W`, float, 0..1 and work in float; nothing is rounded 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from typing import Literal
 
@@ -25,9 +26,10 @@ TILE_PX = 512
 STRIP_ROWS = 64
 
 
-def match_color(image: Tensor, source: Tensor, method: ColorFix) -> Tensor:
-    """Return `image` with the colours of `source` (same shape), clamped to 0..1.
+def match_color(image: Tensor, source: Tensor, method: ColorFix, device: torch.device | None = None) -> Tensor:
+    """Return `image` with the colours of `source` (same shape), clamped to 0..1, where `image` lies.
 
+    `device`: if it is CUDA's, "wavelet" computes there, tile by tile, as long as there is memory.
     Raises ValueError for a method that does not exist or for sizes that differ.
     """
     if image.shape != source.shape:
@@ -39,6 +41,9 @@ def match_color(image: Tensor, source: Tensor, method: ColorFix) -> Tensor:
     if method == "lab":
         return lab(image, source)
     if method == "wavelet":
+        if device is not None and device.type == "cuda":
+            with suppress(torch.OutOfMemoryError):
+                return wavelet(image, source, device=device).clamp_(0, 1)
         return wavelet(image, source).clamp_(0, 1)
     raise ValueError(f"colour fix is {method!r}; use one of {', '.join(COLOR_FIXES)}")
 
@@ -97,12 +102,12 @@ def _exact(pixels: Tensor) -> Tensor:
     return pixels.double() if pixels.device.type in ("cpu", "cuda") else pixels.cpu().double()
 
 
-def wavelet(image: Tensor, source: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
+def wavelet(image: Tensor, source: Tensor, levels: int = WAVELET_LEVELS, device: torch.device | None = None) -> Tensor:
     """Keep the detail of `image` and take the low frequencies of `source` (StableSR, a trous wavelet).
 
     The high bands telescope, so the result is image - low(image) + low(source). In tiles, because this
     is where memory peaks for large pictures; each sees as far as the blur reaches, so that they change
-    nothing.
+    nothing. On `device`, if given; the result lies where `image` does.
     """
     result, reach = torch.empty_like(image), 2**levels - 1
     for number in range(len(image)):
@@ -110,8 +115,9 @@ def wavelet(image: Tensor, source: Tensor, levels: int = WAVELET_LEVELS) -> Tens
             y, x = max(0, top - reach), max(0, left - reach)
             seen = number, ..., slice(y, top + TILE_PX + reach), slice(x, left + TILE_PX + reach)
             tile = number, ..., slice(top, top + TILE_PX), slice(left, left + TILE_PX)
-            low = low_frequencies((source[seen] - image[seen])[None], levels)[0, :, top - y :, left - x :]
-            torch.add(image[tile], low[:, :TILE_PX, :TILE_PX], out=result[tile])
+            core = ..., slice(top - y, top - y + TILE_PX), slice(left - x, left - x + TILE_PX)
+            part, wanted = (whole[seen].to(device or whole.device) for whole in (image, source))
+            result[tile] = part[core] + low_frequencies((wanted - part)[None], levels)[0][core]
     return result
 
 

@@ -17,6 +17,11 @@ from .settings import ComputeTarget, VAETiling
 
 log = logging.getLogger(__name__)
 
+
+class DeviceFull(MemoryError):
+    """Tile and waiting activations do not fit on the device together."""
+
+
 Grid = tuple[list[Interval], list[Interval]]
 OnTile = Callable[[], None]
 SMALLEST_SIDE = 16  # on a layer's own grid; below, running out of memory is not the tile's fault
@@ -38,6 +43,7 @@ class LayerPass:
     target: ComputeTarget
     tiling: VAETiling
     on_tile: OnTile
+    careful: bool
     limit: int | None = None
 
     def run(self) -> tuple[FeatureMap, FeatureMap | None]:
@@ -46,7 +52,9 @@ class LayerPass:
         return self._attend() if isinstance(self.layer, Attention) else self._convolve()
 
     def _feature_map(self, channels: int, dtype: torch.dtype) -> FeatureMap:
-        return FeatureMap(channels, self.grid[0][-1][1], self.grid[1][-1][1], dtype, self.home)
+        # On a device a tile is written in one piece: there each copy costs a launch.
+        rows = None if self.home.type == "cpu" else self.grid[0]
+        return FeatureMap(channels, self.grid[0][-1][1], self.grid[1][-1][1], dtype, self.home, rows)
 
     def _convolve(self) -> tuple[FeatureMap, FeatureMap | None]:
         layer, affine, aside, phases = self.layer, self._affine(), self.skip, self._phases()
@@ -97,7 +105,7 @@ class LayerPass:
         core = _core((self._source(*axis)[2] for axis in self._axes(box)), box)
         put_aside = layer.shortcut(part[core].to(self.dtype)) if layer.shortcut is not None else None
         if affine is not None:
-            part = silu(scale_and_shift(affine, part), inplace=True)
+            part = silu(scale_and_shift(affine, part, self.dtype), inplace=True)
         # The module pads with zeros: right at true borders, and elsewhere only the cropped rim sees it.
         y = layer.module(part.to(self.dtype))[core]
         if skip is not None:
@@ -135,8 +143,8 @@ class LayerPass:
 
         def compute(box: Box, parts: tuple[Tensor]) -> None:
             core = _core((interval[0] - wide[0] for interval, wide in zip(box, around(box), strict=True)), box)
-            residual = parts[0][core].clone()
-            normed = scale_and_shift(affine, parts[0]).to(self.dtype)
+            residual = parts[0][core]
+            normed = scale_and_shift(affine, parts[0], self.dtype).to(self.dtype)
             keys, values = memory or (self._tokens(module, normed) for module in (self.layer.k, self.layer.v))
             mixed = attend(self._tokens(self.layer.q, normed[core]), keys, values, self._chunk(keys))
             tile = self._project(mixed, box) + residual
@@ -157,7 +165,7 @@ class LayerPass:
 
         def compute(box: Box, parts: tuple[Tensor]) -> None:
             nonlocal filled
-            normed = scale_and_shift(affine, parts[0]).to(self.dtype)
+            normed = scale_and_shift(affine, parts[0], self.dtype).to(self.dtype)
             tokens = [self._tokens(module, normed) for module in (self.layer.k, self.layer.v)]
             if not memory:
                 size = tokens[0].shape[0], self.x.height * self.x.width, tokens[0].shape[2]
@@ -190,10 +198,10 @@ class LayerPass:
         like = torch.empty(0, device=self.target.device, dtype=self.dtype)
         weight, bias, groups, eps = read_affine(self.layer.norm, like)
         mean, variance = (m.repeat_interleave(self.x.channels // groups) for m in self.x.moments(groups))
-        scale = weight.cpu().double() / (variance + eps).sqrt()
-        shift = bias.cpu().double() - mean * scale
+        scale = weight.to(mean) / (variance + eps).sqrt()
+        shift = bias.to(mean) - mean * scale
         wide = torch.promote_types(self.dtype, torch.float32)
-        return tuple(value.view(1, -1, 1, 1).to(wide).to(self.target.device) for value in (scale, shift))
+        return tuple(value.to(wide).to(self.target.device) for value in (scale, shift))
 
     def _store(self, box: Box, made: list[tuple[FeatureMap, Tensor, bool]]) -> None:
         """Put tiles into their feature maps; a box that runs out of memory here is computed again, but counted once."""
@@ -211,8 +219,8 @@ class LayerPass:
         for box, parts in self.queue.feed(boxes, lambda box: self._try(fetch, box)):
             self._compute(box, parts, fetch, compute)
             del parts
-            # float16 may have to repeat the layer, so there its input stays.
-            if box[1] == self.grid[1][-1] and self.target.dtype != torch.float16:
+            # A layer that may have to be repeated in float32 keeps its input.
+            if box[1] == self.grid[1][-1] and not (self.careful and self.target.dtype == torch.float16):
                 for feature_map in used:
                     feature_map.free(self._needed_from(box[0][1]) if feature_map is self.x else box[0][1])
             self.on_tile()
@@ -233,6 +241,8 @@ class LayerPass:
             if parts is not None and self._try(lambda: compute(box, parts) or True):
                 return
             parts = None
+            if self.home.type != "cpu":
+                raise DeviceFull("out of memory in the autoencoder; let its activations wait in host memory")
             if max(sides) < SMALLEST_SIDE:
                 raise MemoryError("out of memory in the autoencoder even with the smallest tiles; close other programs")
             self.limit = sides[0] * sides[1] // 2 + max(sides)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
+from torch.nn.functional import batch_norm, conv2d, pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .graph import UnknownTree
@@ -71,9 +71,16 @@ def double(part: Tensor, kernels: Tensor, bias: Tensor | None, rims: Sequence[tu
     return y
 
 
-def scale_and_shift(affine: tuple[Tensor, Tensor], part: Tensor) -> Tensor:
-    """Return scale x + shift, in place where the dtype allows."""
-    return part.to(affine[0].dtype).mul_(affine[0]).add_(affine[1])
+def scale_and_shift(affine: tuple[Tensor, Tensor], part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scale x + shift per channel of `1 C h w`, computed in the affine's dtype, for a network of `dtype`."""
+    scale, shift = affine
+    narrow = torch.promote_types(part.dtype, dtype)
+    if part.is_cuda and narrow != scale.dtype:
+        # One pass that reads and writes half types and computes in float32: what GroupNorm itself does there.
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        return batch_norm(part.to(narrow), zero, one, scale, shift, training=False, eps=0.0)
+    scale, shift = (values.view(1, -1, 1, 1) for values in affine)
+    return torch.addcmul(shift, part.to(scale.dtype), scale)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:

@@ -25,6 +25,10 @@ from .settings import ComputeTarget, VAETiling
 log = logging.getLogger(__name__)
 
 
+class Overflow(ArithmeticError):
+    """An activation left the range of float16."""
+
+
 def tile_sides(layers: list[Layer], start: Fraction, tiling: VAETiling) -> Iterator[tuple[Layer, float]]:
     """Yield each layer with the side of the square that is as large as one of its output's tiles."""
     heaviest = max(max(layer.channels) for layer, scale in grids(layers, start) if scale == 1)
@@ -73,17 +77,20 @@ def run_layers(
     on_tile: OnTile,
     features: Mapping[str, FeatureMap] | None = None,
     keep: Mapping[str, list[FeatureMap]] | None = None,
+    careful: bool = True,
 ) -> Tensor:
     """Return the output for one picture `1 C H W` on grid `start` (1: pixels, 1/8: latents).
 
     The result is on the CPU, float32 or float64. `tiling.planes` must not be "auto" here. `features`:
     what `Join` layers join, by level. `keep`: lists to which the activations at the end of these
-    levels are appended, where they lie; they stay when the layers after them are done.
+    levels are appended, where they lie; they stay when the layers after them are done. `careful`: a
+    layer that overflows float16 is done again in float32, for which every layer is waited for; if
+    not, Overflow is raised at the end.
     """
     half, wide = target.dtype == torch.float16, torch.promote_types(target.dtype, torch.float32)
     home = target.device if tiling.planes == "device" else torch.device("cpu")
-    common = dict(home=home, queue=TransferQueue(target.device), target=target, tiling=tiling)
-    feature_map, skip, aside = FeatureMap.of(x[0].cpu()), None, None
+    common = dict(home=home, queue=TransferQueue(target.device), target=target, tiling=tiling, careful=careful)
+    feature_map, skip, aside, finite = FeatureMap.of(x[0].cpu()), None, None, []
     for number, (layer, grid) in enumerate(cut(layers, start, tuple(x.shape[-2:]), tiling)):
         if isinstance(layer, Join):
             aside, feature_map = feature_map, Joined(features[layer.level], feature_map)
@@ -97,17 +104,21 @@ def run_layers(
         measure = half or kept or isinstance(following, Join) or getattr(following, "norm", None) is not None
         inputs = feature_map, aside if isinstance(layer, Add) else skip
         feature_map, skip = _run_layer(layer, inputs, on_tile, measure=measure, grid=grid, out=out, **common)
+        if half and not careful:
+            finite += [made.finite() for made in (feature_map, skip) if made not in (None, *inputs)]
         if kept:
             feature_map.kept = True
             keep[level].append(feature_map)
+    if finite and not torch.stack(finite).all():
+        raise Overflow("an activation is beyond the range of float16")
     return feature_map.bands[0][None]
 
 
 def _run_layer(layer: Layer, inputs: tuple, on_tile: OnTile, **common) -> tuple:  # noqa: ANN003
-    """Return output and what is put aside; what overflows float16 is done again in float32."""
+    """Return output and what is put aside; what overflows float16 is done again in float32, if `careful`."""
     dtype = common["target"].dtype
     made = LayerPass(layer, *inputs, dtype, on_tile=on_tile, **common).run()
-    if dtype == torch.float16 and not all(p is None or p is inputs[0] or p.is_finite() for p in made):
+    if dtype == torch.float16 and common["careful"] and not all(p in (None, inputs[0]) or p.finite() for p in made):
         log.info("the autoencoder overflowed float16; this layer again in float32")
         made = LayerPass(_in_float32(layer), *inputs, torch.float32, on_tile=lambda: None, **common).run()
     return made

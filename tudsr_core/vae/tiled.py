@@ -27,7 +27,8 @@ from .memory_estimate import kept_channels, live_channels, tile_bytes
 from .receptive_field import Network, ReceptiveField, find_receptive_fields, run_tiled
 from .receptive_field import count_blocks as count_local_tiles
 from .settings import ComputeTarget, VAETiling
-from .stream import count_tiles, run_layers
+from .stream import count_tiles
+from .where_it_fits import run_where_it_fits
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class TiledVAE:
     ) -> None:
         self.vae, self.callables, self.scale, self.latents = vae, callables, scale, latents
         self.target, self.free_bytes = target, free_bytes
+        self._overflowing: set[Side] = set()
 
     @cached_property
     def layers(self) -> dict[Side, list[Layer]]:
@@ -247,16 +249,22 @@ class TiledVAE:
         start, layers = self._start(side), self._layers(side, extras.fuse)
         check_features(layers, start, tuple(x.shape[-2:]), len(x), extras.features)
         layers = up_to_levels(layers, extras.keep) if extras.only_kept else layers
+        attempts = [tiling]
         if tiling.planes == "auto":
             area = int(x.shape[-2] * x.shape[-1] / start**2)
             needed = int(self._live_bytes(side, extras.fuse, extras.keep) * area)
             needed += 2 * self.tile_bytes(tiling, extras.fuse)
             fits = self.target.device.type == "cpu" or needed < self.free_bytes()
-            tiling = replace(tiling, planes="device" if fits else "host")
+            attempts = [replace(tiling, planes=planes) for planes in (("device", "host") if fits else ("host",))]
         parts = []
         for number, one in enumerate(x.split(1)):
             features = {level: extras.features[level][number] for level in fused_levels(extras.fuse)}
-            parts.append(run_layers(layers, start, one, self.target, tiling, on_tile, features, extras.keep))
+            given = layers, start, one, self.target
+            made, overflowed = run_where_it_fits(
+                given, attempts, on_tile, features, extras.keep, careful=side in self._overflowing
+            )
+            parts.append(made)
+            self._overflowing |= {side} if overflowed else set()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _streams(self, side: Side) -> bool:

@@ -1,0 +1,188 @@
+"""The core on an NVIDIA GPU against the same on the CPU; skipped where there is none."""
+
+import copy
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from tudsr_core.backends.local import Backbone, LocalNetworks, load_embedded
+from tudsr_core.backends.sd21 import UNET_CONFIG, VAE_CONFIG
+from tudsr_core.diffusion.one_step import from_noise_level
+from tudsr_core.methods.plan import StageLimits, Target
+from tudsr_core.methods.two_stage import Stage, TwoStageModel, UpscaleOptions, upscale
+from tudsr_core.vae import VAETiling
+from tudsr_core.weights.checkpoints import DTYPES
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
+DEVICE = "cuda"
+MEAN_OF_HALF = 2e-3  # of pixels in 0..1
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """TensorFloat-32, torch's default for convolutions, is no more exact than float16."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@contextmanager
+def limited_to(gigabytes):
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def say(line):
+    """Show a figure under `pytest -s`."""
+    sys.stdout.write(line + "\n")
+
+
+def draw(kind, config, device=DEVICE):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return kind.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """UNet and VAE of SD2.1's shapes with random weights, float32."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    unet = draw(UNet2DConditionModel, {**UNET_CONFIG, "in_channels": 4, "out_channels": 4})
+    vae = draw(AutoencoderKL, VAE_CONFIG)
+    for norm in (module for module in vae.modules() if isinstance(module, nn.GroupNorm)):
+        norm.weight.add_(torch.randn_like(norm.weight) * 0.1)
+        norm.bias.add_(torch.randn_like(norm.bias) * 0.1)
+    return unet, vae
+
+
+def backbone_of(vae, dtype, unet=None):
+    text = torch.zeros(1, 77, 1024)
+    return Backbone(
+        copy.deepcopy(vae),
+        copy.deepcopy(unet) if unet else nn.Identity(),
+        lambda *words: text.expand(len(words), -1, -1),
+        torch.device(DEVICE),
+        DTYPES[dtype],
+    )
+
+
+def noise(*size):
+    return torch.rand(size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "mean"), [("fp32", 1e-3, 1e-4), ("fp16", 1, MEAN_OF_HALF), ("bf16", 1, 1e-2)]
+)
+def test_the_embedded_model_makes_the_cpus_picture(dtype, most, mean):
+    picture = noise(1, 3, 7, 9)
+    picture = nn.functional.interpolate(picture, size=(70, 90), mode="bicubic").clamp(0, 1)
+    for scale in (4, 8):
+        truth = upscale(picture, load_embedded("cpu"), Target(scale=scale))
+        error = (upscale(picture, load_embedded(DEVICE, dtype), Target(scale=scale)) - truth).abs()
+        say(f"embedded x{scale} {dtype}: max {error.max():.1e} mean {error.mean():.1e}")
+        assert error.max() <= most and error.mean() <= mean
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-4), ("fp16", 3e-3), ("bf16", 2e-2)])
+def test_the_unet_is_the_cpus(full_size, dtype, bound):
+    unet = copy.deepcopy(full_size[0])
+    z, text = (
+        torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in ((1, 4, 64, 64), (1, 77, 1024))
+    )
+    there = nn.Module.to(unet, DTYPES[dtype])(
+        z.to(DEVICE, DTYPES[dtype]), 200, encoder_hidden_states=text.to(DEVICE, DTYPES[dtype])
+    ).sample
+    truth = nn.Module.to(unet, "cpu", torch.float32)(z, 200, encoder_hidden_states=text).sample
+    if dtype != "fp32":
+        truth = full_size[0](z.to(DEVICE), 200, encoder_hidden_states=text.to(DEVICE)).sample.cpu()
+    error = (there.float().cpu() - truth).abs()
+    say(f"unet {dtype}: max {error.max():.1e} mean {error.mean():.1e} of {truth.std():.2g}")
+    assert error.mean() <= bound * truth.std()
+
+
+@pytest.mark.parametrize("planes", ["device", "host"])
+@pytest.mark.parametrize("size", [(264, 328), (512, 200), (8, 1000)])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_tiled_autoencoder_is_the_untiled_one(full_size, dtype, size, planes):
+    """In half types: no further from float32's truth than the untiled network in the same type."""
+    exact, own = full_size[1], backbone_of(full_size[1], dtype)
+    pixels, z = noise(1, 3, *size), noise(1, 4, *(side // 8 for side in size)) * 6 - 3
+    wide = torch.float32 if dtype == "fp32" else DTYPES[dtype]
+    ours = own.tiled_vae, VAETiling(96, planes)
+    for name, made, untiled in (
+        (
+            "encode",
+            ours[0].encode(pixels, lambda: None, ours[1]),
+            lambda vae, t: own.latents(vae, (pixels * 2 - 1).to(t)),
+        ),
+        ("decode", ours[0].decode(z, lambda: None, ours[1]), lambda vae, t: vae.decode(z.to(t)).sample / 2 + 0.5),
+    ):
+        truth = untiled(exact, torch.empty(0, device=DEVICE)).float().cpu()
+        error = (made - truth).abs().mean() / truth.std()
+        plain = (untiled(own.vae, torch.empty(0, device=DEVICE, dtype=wide)).float().cpu() - truth).abs().mean()
+        say(f"vae {name} {dtype} {size} {planes}: ours {error:.1e}, untiled {plain / truth.std():.1e}")
+        assert error <= (1e-5 if dtype == "fp32" else 1.2 * plain / truth.std())
+
+
+def test_the_tile_batch_hardly_changes_the_picture(full_size):
+    unet, vae = full_size
+    made = {}
+    for dtype in ("fp16", "fp32"):
+        model = stages(vae, unet, dtype)
+        for batch in (1, 2, 5):
+            options = UpscaleOptions(tile_batch=batch, tile_px=256, overlap_px=64, native_size=False)
+            made[batch] = upscale(noise(1, 3, 120, 152), model, Target(scale=4), options)
+        off = {batch: (one - made[1]).abs() for batch, one in made.items()}
+        say(f"tile batch {dtype}: " + ", ".join(f"{b}: max {e.max():.1e} mean {e.mean():.1e}" for b, e in off.items()))
+        again = upscale(noise(1, 3, 120, 152), model, Target(scale=4), options)
+        assert torch.equal(again, made[5])  # and the same settings give the same bytes
+        assert max(error.mean() for error in off.values()) < 1e-3
+
+
+def stages(vae, unet, dtype):
+    networks = LocalNetworks(backbone_of(vae, dtype, unet))
+    return TwoStageModel(*(Stage(networks, (from_noise_level(t),), f"t={t}") for t in (200, 50)), StageLimits())
+
+
+def test_a_device_that_is_too_small_makes_the_same_picture(full_size, caplog):
+    """As long as the UNet's tile fits: batches shrink, activations go to host memory, VAE tiles are halved."""
+    unet, vae = full_size
+    model, picture = stages(vae, unet, "fp16"), noise(1, 3, 192, 256)
+    options = UpscaleOptions(tile_batch=8, color_fix="none")
+    truth = upscale(picture, model, Target(scale=8), options)
+    used = torch.cuda.memory_allocated() / 1e9
+    for above in (4, 2, 1, 0.6):
+        caplog.clear()
+        with limited_to(used + above):
+            made = upscale(picture, model, Target(scale=8), options)
+        error = (made - truth).abs()
+        said = sorted({record.message for record in caplog.records})
+        say(f"{above} GB above the weights ({used:.1f}): max {error.max():.1e} mean {error.mean():.1e}; {said}")
+        shrunk = any("tiles lowered" in one for one in said)
+        assert error.mean() < MEAN_OF_HALF or shrunk
+
+
+def test_cancelling_gives_the_memory_back(full_size):
+    vae = backbone_of(full_size[1], "fp16")
+    z, before = noise(1, 4, 64, 64), torch.cuda.memory_allocated()
+    for planes in ("device", "host"):
+        ticks = []
+
+        def cancel(ticks=ticks):
+            ticks.append(1)
+            if len(ticks) == 20:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            vae.tiled_vae.decode(z, cancel, VAETiling(128, planes))
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() - before < 2**20
+        assert vae.tiled_vae.decode(z, lambda: None, VAETiling(128, planes)).isfinite().all()
