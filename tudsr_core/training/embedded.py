@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +215,7 @@ def train(config: EmbeddedConfig) -> None:
     )
     steps = Steps(crops, config, CHUNK)
     drawn = batches(steps, steps.places(), workers, pinned=device.type == "cuda")
+    importlib.import_module("peft")  # stage two's, better missed now than after hours
     model = Restorer(*build())
     if config.start:
         _load(model, config.start)
@@ -284,12 +287,14 @@ def main() -> None:
     """Train as the file of settings says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="TOML file, such as configs/embedded.toml")
+    parser.add_argument("--output", type=Path, help="file to write, instead of the settings' own")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_flush_denormal(True)
     try:
-        train(read_sections(EmbeddedConfig, args.config, {}))
-    except (ValueError, OSError) as error:
+        config = read_sections(EmbeddedConfig, args.config, {})
+        train(replace(config, output=args.output or config.output))
+    except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"error: {error}\n")
 
 
