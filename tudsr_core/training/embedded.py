@@ -1,105 +1,47 @@
 """Train the embedded model: `python -m tudsr_core.training.embedded configs/embedded.toml`.
 
-A small relative of the real thing, the two networks of `models.embedded`: an autoencoder (f = 4,
-32 latents) and a UNet, eps prediction on SD's schedule. Phase one trains VAE and UNet as stage
-one at t = 200 (the backbone itself is stage one) and rehearses stage two at t = 50, then polishes
-smooth colours; phase two freezes both and trains LoRA-2 at t = 50 on stage one's outputs with the looped-chunk scheme
-(TUDSR sec. 3.3: crop N x R, gradients accumulated over N^2 chunks of R before one step).
+Phase one trains VAE and UNet as stage one at t = 200 (the backbone itself is stage one) and rehearses
+stage two at t = 50, then polishes smooth colours; phase two freezes both and trains LoRA-2 at t = 50
+on stage one's outputs with the looped-chunk scheme (TUDSR sec. 3.3: crop N x R, gradients accumulated
+over N^2 chunks of R before one step). On a GPU a step waits for nothing but its pictures: losses are
+read at reports only.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import logging
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diffusion import from_noise_level
+from ..backends import pick_device
 from ..evaluation import psnr_y
 from ..methods import StageLimits
-from ..models import make_unet, make_vae
-from ..pictures import clean, mild, random_mild, resize
+from ..pictures import clean, mild, resize
 from ..weights import PEFT_PREFIX, Adapter, LoRAWeights, ModelFile, WeightDelta, read_file, write_file, write_model
 from . import data
 from .config import read_sections
-from .embedded_config import EmbeddedConfig
+from .drawn import draw_pictures
+from .embedded_config import EmbeddedConfig, LoopedPhase, Phase
+from .embedded_networks import STAGE_ONE, STAGE_TWO, UNET_CONFIG, VAE_CONFIG, Restorer, build
+from .embedded_samples import IDENTITY, Batch, Steps, batches, rehearses
 from .identity import start_as_identity
 
 log = logging.getLogger(__name__)
 
-STAGE_ONE, STAGE_TWO = from_noise_level(200), from_noise_level(50)
-LATENTS, CHUNK = 32, 128
-VAE_CONFIG = {
-    "latent_channels": LATENTS,
-    "encoder_block_types": "ResBlock",
-    "decoder_block_types": "ResBlock",
-    "encoder_block_out_channels": [48, 48, 96],
-    "decoder_block_out_channels": [48, 48, 96],
-    "encoder_layers_per_block": [0, 1, 0],
-    "decoder_layers_per_block": [0, 1, 1],
-    "encoder_qkv_multiscales": [[], [], []],
-    "decoder_qkv_multiscales": [[], [], []],
-    "encoder_out_shortcut": False,
-    "decoder_in_shortcut": False,
-    "scaling_factor": 1.0,
-}
-# One normalisation group with a large epsilon is nearly the identity: statistics of a tile then
-# hardly matter, and tiled equals untiled up to a few 1e-3.
-UNET_CONFIG = {
-    "sample_size": 32,
-    "in_channels": LATENTS,
-    "out_channels": LATENTS,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "block_out_channels": [64, 96],
-    "layers_per_block": 2,
-    "cross_attention_dim": 32,
-    "norm_num_groups": 1,
-    "norm_eps": 100.0,
-}
+CHUNK = 128
 LORA_RANK = 24
 LORA_TARGETS = ["conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out"]
-
-
-def build() -> tuple[nn.Module, nn.Module]:
-    """Return an untrained `(vae, unet)` with the shapes of the embedded model."""
-    return make_vae(VAE_CONFIG, "training"), make_unet(UNET_CONFIG, "training")
-
-
-@dataclass
-class Restorer:
-    """The two networks and the two one-step formulas, on pictures `B 3 H W` in 0..1."""
-
-    vae: nn.Module
-    unet: nn.Module
-
-    def encode(self, image: Tensor) -> Tensor:
-        return self.vae.encode(image * 2 - 1).latent
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z).sample / 2 + 0.5
-
-    def step(self, image: Tensor, formula=STAGE_ONE) -> Tensor:
-        z = self.encode(image)
-        empty = z.new_zeros(len(z), 1, UNET_CONFIG["cross_attention_dim"])
-        return self.decode(formula.finish(z, self.unet(z, formula.t, empty).sample))
-
-    def stage_one(self, small: Tensor, size: tuple[int, int]) -> Tensor:
-        """Enlarge with bicubic to `size`, then one step at t = 200."""
-        return self.step(resize(small, size))
-
-    def stage_two_start(self, small: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return what stage two sees for a picture of `size`: stage one at half of it, then bicubic x2."""
-        half = tuple(side // 2 for side in size)
-        return resize(self.stage_one(small, half).clamp(0, 1), size)
 
 
 class Average:
@@ -130,109 +72,128 @@ def _loss(output: Tensor, target: Tensor, progress: float) -> Tensor:
     return F.mse_loss(output, target) * 12
 
 
-def train_backbone(
-    crops: data.Crops, model: Restorer, steps: int, rate: float, report, polish: bool = False
-) -> Restorer:
+def _optimizer(parameters: Iterable[nn.Parameter], rate: float, device: torch.device) -> torch.optim.Optimizer:
+    fused = device.type == "cuda" or None
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=fused)
+
+
+def _advance(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    nn.utils.clip_grad_norm_(parameters, 0.5)
+    optimizer.step()
+
+
+def train_backbone(drawn: Iterator[Batch], model: Restorer, phase: Phase, report, polish: bool = False) -> Restorer:
     """Phase one: VAE and UNet together; four steps in five are stage one, the fifth is stage two.
 
-    Stage one sees x4 in seven steps of ten, and any factor from 1.5 to 4 in the others, so that
-    it does not overshoot when a plan asks for less than x4. `polish` goes on from a trained model:
-    squared error only, and smooth colours must come back smooth (pixel shuffling likes to weave).
+    `polish` goes on from a trained model: squared error only, and smooth colours must come back
+    smooth (pixel shuffling likes to weave).
     """
-    size = (CHUNK, CHUNK)
     both = nn.ModuleList([model.vae, model.unet]).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(both.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    trained, device = list(both.parameters()), next(both.parameters()).device
+    optimizer = _optimizer(trained, phase.rate, device)
     average = Average(both, 0.998)
-    formulas = (STAGE_ONE, STAGE_TWO)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, steps, rate)
-        sharp = crops.batch(8, CHUNK)
-        if step % 5 == 4:
-            with torch.no_grad():
-                start = model.stage_two_start(random_mild(sharp, 8, crops.rng), size)
-            output = model.step(start, STAGE_TWO)
-        else:
-            scale = 4 if crops.rng.random() < 0.7 else float(crops.rng.uniform(1.5, 4))
-            output = model.stage_one(random_mild(sharp, scale, crops.rng), size)
-        progress = 1.0 if polish else step / steps
-        loss = _loss(output, sharp, progress)
-        if step % 2 == 0:
-            loss = loss + 0.3 * _loss(model.decode(model.encode(sharp[:4])), sharp[:4], progress)
-        if polish:
-            smooth = data.draw_gradients(4, CHUNK // 2, crops.rng)
-            loss = loss + 5 * F.l1_loss(model.step(smooth, formulas[step % 2]), smooth)
+    for step in range(phase.steps):
+        batch = next(drawn).to(device)
         optimizer.zero_grad(set_to_none=True)
+        loss = _backbone_loss(model, batch, step, 1.0 if polish else step / phase.steps)
         loss.backward()
-        nn.utils.clip_grad_norm_(both.parameters(), 0.5)
-        optimizer.step()
+        _advance(optimizer, trained, _rate(step, phase.steps, phase.rate))
         average.update(both)
-        report(step, loss.item(), Restorer(*average.shadow))
+        report(step, loss.detach(), Restorer(*average.shadow))
     return Restorer(*average.shadow)
 
 
-def train_stage_two(crops: data.Crops, model: Restorer, steps: int, rate: float, report) -> nn.Module:
+def _backbone_loss(model: Restorer, batch: Batch, step: int, progress: float) -> Tensor:
+    sharp, start, formula = batch.sharp, batch.start, STAGE_ONE
+    if rehearses(step):
+        formula = STAGE_TWO
+        with torch.no_grad():
+            start = model.doubled(start)
+    if step % 2 == 0:
+        coded = sharp[: (len(sharp) + 1) // 2]
+        output, again = model.step_beside(start, coded, formula)
+        loss = _loss(output, sharp, progress) + 0.3 * _loss(again, coded, progress)
+    else:
+        loss = _loss(model.step(start, formula), sharp, progress)
+    if batch.smooth is not None:
+        loss = loss + 5 * F.l1_loss(model.step(batch.smooth, (STAGE_ONE, STAGE_TWO)[step % 2]), batch.smooth)
+    return loss
+
+
+def train_stage_two(drawn: Iterator[Batch], model: Restorer, phase: LoopedPhase, report) -> nn.Module:
     """Phase two: LoRA-2 on the frozen backbone, looped over chunks; returns the UNet with the adapter."""
     from peft import LoraConfig, get_peft_model
 
     model.vae.requires_grad_(False)
     model.unet.requires_grad_(False)
+    device = next(model.unet.parameters()).device
     config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGETS, init_lora_weights="gaussian")
-    adapted = get_peft_model(copy.deepcopy(model.unet), config)
+    adapted = get_peft_model(copy.deepcopy(model.unet), config).to(device)
     second = Restorer(model.vae, adapted)
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = _optimizer(trained, phase.rate, device)
     average = Average(adapted, 0.995)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, steps, rate)
-        sharp = crops.batch(2, 2 * CHUNK)
+    for step in range(phase.steps):
+        batch = next(drawn).to(device)
         with torch.no_grad():
-            start = model.stage_two_start(random_mild(sharp, 8, crops.rng), (2 * CHUNK, 2 * CHUNK))
+            start = model.doubled(batch.start)
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for y in (0, CHUNK):
-            for x in (0, CHUNK):
-                chunk = (..., slice(y, y + CHUNK), slice(x, x + CHUNK))
-                loss = _loss(second.step(start[chunk], STAGE_TWO), sharp[chunk], step / steps) / 4
-                loss.backward()
-                total += loss.item()
-        smooth = data.draw_gradients(2, CHUNK // 2, crops.rng)
-        (5 * F.l1_loss(second.step(smooth, STAGE_TWO), smooth)).backward()
-        nn.utils.clip_grad_norm_(trained, 0.5)
-        optimizer.step()
+        for low, sharp in zip(*(_chunks(part, phase.together) for part in (start, batch.sharp)), strict=True):
+            loss = _loss(second.step(low, STAGE_TWO), sharp, step / phase.steps) * phase.together / 4
+            loss.backward()
+            total = total + loss.detach()
+        (5 * F.l1_loss(second.step(batch.smooth, STAGE_TWO), batch.smooth)).backward()
+        _advance(optimizer, trained, _rate(step, phase.steps, phase.rate))
         average.update(adapted)
         report(step, total, Restorer(model.vae, average.shadow))
     return average.shadow
 
 
-@torch.inference_mode()
-def choice_report(photos: dict[str, Tensor], model: Restorer, first: Restorer | None = None) -> str:
-    """Gain in PSNR-Y over bicubic on the choice photos; with `first`, of stage two after `first`."""
-    gains = {}
+def _chunks(pictures: Tensor, together: int) -> list[Tensor]:
+    """Return the four quarters of `B C H W`, so many `together` in one batch."""
+    quarters = [column for row in pictures.chunk(2, -2) for column in row.chunk(2, -1)]
+    return [torch.cat(quarters[i : i + together]) for i in range(0, 4, together)]
+
+
+def choice_pairs(photos: dict[str, Tensor], factor: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return `{photo and recipe: (small, sharp)}` of the choice photos, on `device`."""
+    pairs = {}
     for name, photo in photos.items():
         sharp = photo[None, :, : photo.shape[1] // 32 * 32, : photo.shape[2] // 32 * 32]
-        size = tuple(sharp.shape[-2:])
         for recipe in (clean, mild):
-            small = recipe(sharp, 8 if first else 4)
-            if first:
-                start = first.stage_two_start(small, size)
-                gain = psnr_y(model.step(start, STAGE_TWO), sharp) - psnr_y(start, sharp)
-            else:
-                gain = psnr_y(model.stage_one(small, size), sharp) - psnr_y(resize(small, size), sharp)
-            gains[f"{name} {recipe.__name__}"] = gain
-    return " ".join(f"{name} {gain:+.3f}" for name, gain in gains.items())
+            pairs[f"{name} {recipe.__name__}"] = recipe(sharp, factor).to(device), sharp.to(device)
+    return pairs
 
 
-def _reporter(steps: int, photos: dict[str, Tensor], every: int, first: Restorer | None = None):
+@torch.inference_mode()
+def choice_report(pairs: dict[str, tuple[Tensor, Tensor]], model: Restorer, first: Restorer | None = None) -> str:
+    """Gain in PSNR-Y over bicubic on the choice photos; with `first`, of stage two after `first`."""
+    gains = []
+    for name, (small, sharp) in pairs.items():
+        size = tuple(sharp.shape[-2:])
+        before = first.stage_two_start(small, size) if first else resize(small, size)
+        after = model.step(before, STAGE_TWO if first else STAGE_ONE)
+        gains.append(f"{name} {psnr_y(after, sharp) - psnr_y(before, sharp):+.3f}")
+    return " ".join(gains)
+
+
+def _reporter(steps: int, pairs: dict[str, tuple[Tensor, Tensor]], every: int, first: Restorer | None = None):
     began, losses = time.monotonic(), []
+    resumed = began
 
-    def report(step: int, loss: float, model: Restorer) -> None:
+    def report(step: int, loss: Tensor, model: Restorer) -> None:
+        nonlocal resumed
         losses.append(loss)
         if (step + 1) % every == 0 or step + 1 == steps:
-            mean = sum(losses[-every:]) / len(losses[-every:])
-            seconds = time.monotonic() - began
-            log.info("%d/%d %.0fs loss %.5f | %s", step + 1, steps, seconds, mean, choice_report(photos, model, first))
+            mean = torch.stack(losses).mean().item()  # here alone the device is waited for
+            seconds, speed = time.monotonic() - began, len(losses) / (time.monotonic() - resumed)
+            gains = choice_report(pairs, model, first)
+            log.info("%d/%d %.0fs %.2f steps/s loss %.5f | %s", step + 1, steps, seconds, speed, mean, gains)
+            losses.clear()
+            resumed = time.monotonic()
 
     return report
 
@@ -243,29 +204,45 @@ def train(config: EmbeddedConfig) -> None:
     Raises FileNotFoundError for missing pictures, CheckpointError for `start`, OSError.
     """
     config.output.parent.mkdir(parents=True, exist_ok=True)  # before an hour of work, not after it
+    device = pick_device(config.device)
     torch.manual_seed(config.seed)
+    began = time.monotonic()
     photos = data.read_photos(data.TRAIN, config.data.wheels) | data.read_photographs(config.data.photographs)
     choice = data.read_photos(data.CHOICE, config.data.wheels)
-    crops = data.Crops(photos, data.draw_pictures(config.data.drawn, config.seed, list(photos.values())), config.seed)
+    workers = config.data.workers
+    crops = data.Crops(
+        photos, draw_pictures(config.data.drawn, config.seed, list(photos.values()), workers=workers), config.seed
+    )
+    steps = Steps(crops, config, CHUNK)
+    drawn = batches(steps, steps.places(), workers, pinned=device.type == "cuda")
+    importlib.import_module("peft")  # stage two's, better missed now than after hours
     model = Restorer(*build())
     if config.start:
         _load(model, config.start)
     else:
-        start_as_identity(model.vae, model.unet, STAGE_ONE, crops.batch(64, CHUNK))
-    log.info("start: %s", choice_report(choice, model))
+        pictures = crops.batch(64, CHUNK, np.random.default_rng([config.seed, IDENTITY]))
+        start_as_identity(model.vae, model.unet, STAGE_ONE, pictures)
+    model = Restorer(model.vae.to(device), model.unet.to(device))
+    pairs = choice_pairs(choice, 4, device)
+    log.info("start on %s after %.0fs: %s", device, time.monotonic() - began, choice_report(pairs, model))
     for name, phase in (("backbone", config.backbone), ("polish", config.polish)):
         if phase.steps:
-            report = _reporter(phase.steps, choice, 250)
-            model = train_backbone(crops, model, phase.steps, phase.rate, report, polish=name == "polish")
+            report = _reporter(phase.steps, pairs, config.report_every)
+            model = train_backbone(drawn, model, phase, report, polish=name == "polish")
             _keep(model, config.output.with_suffix(f".{name}.safetensors"))
-    report = _reporter(config.stage_two.steps, choice, 250, model)
-    save(config.output, model, train_stage_two(crops, model, config.stage_two.steps, config.stage_two.rate, report))
+    pairs = choice_pairs(choice, 8, device)
+    report = _reporter(config.stage_two.steps, pairs, config.report_every, model)
+    save(config.output, model, train_stage_two(drawn, model, config.stage_two, report))
 
 
 def _keep(model: Restorer, path: Path) -> None:
     networks = {"vae": model.vae, "unet": model.unet}
-    tensors = {f"{part}.{name}": w for part, net in networks.items() for name, w in net.state_dict().items()}
+    tensors = {f"{part}.{name}": w for part, net in networks.items() for name, w in _weights(net).items()}
     write_file(path, tensors, {})
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.cpu() for name, weight in network.state_dict().items()}
 
 
 def _load(model: Restorer, path: Path) -> None:
@@ -284,8 +261,8 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
             name="embedded",
             vae_config=VAE_CONFIG,
             unet_config=UNET_CONFIG,
-            vae=model.vae.state_dict(),
-            unet=model.unet.state_dict(),
+            vae=_weights(model.vae),
+            unet=_weights(model.unet),
             first_step=STAGE_ONE,
             second=Adapter("stage two", WeightDelta(_updates(adapted)), stage=2, steps=(STAGE_TWO,)),
             limits=StageLimits(first_max=4, second=2, single_up_to=4),
@@ -296,7 +273,7 @@ def save(path: Path, model: Restorer, adapted: nn.Module) -> None:
 def _updates(adapted: nn.Module) -> dict[str, LoRAWeights]:
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(adapted)
+    tensors = {key: weight.cpu() for key, weight in get_peft_model_state_dict(adapted).items()}
     names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     return {
         name.removeprefix(PEFT_PREFIX): LoRAWeights(
@@ -310,12 +287,14 @@ def main() -> None:
     """Train as the file of settings says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="TOML file, such as configs/embedded.toml")
+    parser.add_argument("--output", type=Path, help="file to write, instead of the settings' own")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_flush_denormal(True)
     try:
-        train(read_sections(EmbeddedConfig, args.config, {}))
-    except (ValueError, OSError) as error:
+        config = read_sections(EmbeddedConfig, args.config, {})
+        train(replace(config, output=args.output or config.output))
+    except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"error: {error}\n")
 
 

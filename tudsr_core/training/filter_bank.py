@@ -11,6 +11,7 @@ from ..atomic_write import temporary_beside
 from ..evaluation import bank_path, fit_bank
 from ..pictures import clean
 from . import data
+from .drawn import draw_pictures
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=400)
     args = parser.parse_args()
     photos = data.read_photos(data.TRAIN, args.wheels)
-    drawn = data.draw_pictures(100, 0, list(photos.values()))
+    drawn = draw_pictures(100, 0, list(photos.values()))
     banks = {}
     for scale in (4, 8):
         crops = data.Crops(photos, drawn, seed=1)
