@@ -106,7 +106,9 @@ def unet(model: TwoStageModel, dtype: str, args: argparse.Namespace) -> list[str
         for tiles in (1, 8):
             z = torch.randn(tiles, 4, 64, 64, device=args.device, dtype=DTYPES[dtype])
             text = model.first.networks.condition("").expand(tiles, -1, -1)
-            ways = {"as it is": lambda z=z, text=text: network(z, 200, encoder_hidden_states=text).sample}
+            ways = {
+                "as it is": lambda z=z, text=text, network=network: network(z, 200, encoder_hidden_states=text).sample
+            }
             if args.device == "cuda":
                 ways["as a CUDA graph"] = _captured(ways["as it is"])
             for way, call in ways.items():
