@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from full_size import random_model
@@ -105,10 +106,9 @@ def unet(model: TwoStageModel, dtype: str, args: argparse.Namespace) -> list[str
         layout = str(memory_format).rpartition(".")[2]
         for tiles in (1, 8):
             z = torch.randn(tiles, 4, 64, 64, device=args.device, dtype=DTYPES[dtype])
-            text = model.first.networks.condition("").expand(tiles, -1, -1)
-            ways = {
-                "as it is": lambda z=z, text=text, network=network: network(z, 200, encoder_hidden_states=text).sample
-            }
+            text, t = model.first.networks.condition("").expand(tiles, -1, -1), torch.tensor([200], device=args.device)
+            call = partial(network, z, t, encoder_hidden_states=text, return_dict=False)
+            ways = {"as it is": lambda call=call: call()[0]}
             if args.device == "cuda":
                 ways["as a CUDA graph"] = _captured(ways["as it is"])
             for way, call in ways.items():

@@ -13,6 +13,7 @@ from tudsr_core.backends.sd21 import UNET_CONFIG, VAE_CONFIG
 from tudsr_core.diffusion.one_step import from_noise_level
 from tudsr_core.methods.plan import StageLimits, Target
 from tudsr_core.methods.two_stage import Stage, TwoStageModel, UpscaleOptions, upscale
+from tudsr_core.pictures import match_color
 from tudsr_core.vae import VAETiling
 from tudsr_core.weights.checkpoints import DTYPES
 
@@ -132,6 +133,20 @@ def test_the_tiled_autoencoder_is_the_untiled_one(full_size, dtype, size, planes
         assert error <= (1e-5 if dtype == "fp32" else 1.2 * plain / truth.std())
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_embedded_autoencoders_tiles_are_as_wide_as_in_float32(dtype):
+    own, exact = (load_embedded(DEVICE, kind).first.networks.backbone.tiled_vae for kind in (dtype, "fp32"))
+    say(f"receptive fields {dtype}: {own.receptive_fields}, fp32 {exact.receptive_fields}")
+    for half, full in zip(own.receptive_fields, exact.receptive_fields, strict=True):
+        assert half.scale == full.scale and abs(half.halo - full.halo) <= 4 * max(1, full.scale)
+
+
+def test_the_wavelet_fix_is_the_cpus():
+    image, source = noise(2, 3, 700, 530), noise(2, 3, 700, 530).flip(3)
+    error = (match_color(image, source, "wavelet", torch.device(DEVICE)) - match_color(image, source, "wavelet")).abs()
+    assert error.max() < 1e-6
+
+
 def test_the_tile_batch_hardly_changes_the_picture(full_size):
     unet, vae = full_size
     made = {}
@@ -144,7 +159,7 @@ def test_the_tile_batch_hardly_changes_the_picture(full_size):
         say(f"tile batch {dtype}: " + ", ".join(f"{b}: max {e.max():.1e} mean {e.mean():.1e}" for b, e in off.items()))
         again = upscale(noise(1, 3, 120, 152), model, Target(scale=4), options)
         assert torch.equal(again, made[5])  # and the same settings give the same bytes
-        assert max(error.mean() for error in off.values()) < 1e-3
+        assert max(error.mean() for error in off.values()) < (5e-3 if dtype == "fp16" else 1e-4)
 
 
 def stages(vae, unet, dtype):

@@ -36,6 +36,13 @@ def test_receptive_field_follows_the_kernels():
 
 
 @torch.no_grad()
+def test_a_network_that_nan_does_not_survive_is_measured_by_what_changes():
+    conv = torch.nn.Conv2d(3, 8, 7, padding=3)
+    torch.manual_seed(0)
+    seen = [measure_receptive_field(call, 3, 1, torch.zeros(1)) for call in (conv, lambda x: conv(x).nan_to_num(0.0))]
+    assert seen[0] == seen[1] and seen[0].halo == 3
+
+
 def test_global_networks_are_recognised():
     network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)).double()
     assert measure_receptive_field(network, 4, 1, torch.zeros(1).double()) is None

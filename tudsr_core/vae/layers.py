@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from .graph import UnknownTree
 
+EPS = 1e-5  # the least that cuDNN's batch norm has taken in all its versions
+
 
 def read_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, int, float]:
     """Return weight, bias, groups and eps that `norm` uses on `like`'s device and dtype; raises UnknownTree."""
@@ -77,8 +79,8 @@ def scale_and_shift(affine: tuple[Tensor, Tensor], part: Tensor, dtype: torch.dt
     narrow = torch.promote_types(part.dtype, dtype)
     if part.is_cuda and narrow != scale.dtype:
         # One pass that reads and writes half types and computes in float32: what GroupNorm itself does there.
-        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        return batch_norm(part.to(narrow), zero, one, scale, shift, training=False, eps=0.0)
+        mean, variance = torch.zeros_like(scale), torch.full_like(scale, 1 - EPS)
+        return batch_norm(part.to(narrow), mean, variance, scale, shift, training=False, eps=EPS)
     scale, shift = (values.view(1, -1, 1, 1) for values in affine)
     return torch.addcmul(shift, part.to(scale.dtype), scale)
 

@@ -42,7 +42,8 @@ def measure_receptive_field(
     """Find the `ReceptiveField` of `network` by following one NaN, or None when it spreads everywhere.
 
     NaN survives every operation, so the NaNs in the output of a picture with one bad block are
-    exactly what can depend on that block. `unit` is the smallest block in input pixels (4 for an
+    exactly what can depend on that block. Where it does not survive (half types on a GPU), two pictures
+    of noise that differ in that block show what does. `unit` is the smallest block in input pixels (4 for an
     f = 4 encoder, 1 for its decoder); `limit` is the largest halo looked for, in units.
     """
     side = (2 * limit + 1) * unit
@@ -51,6 +52,11 @@ def measure_receptive_field(
     probe[..., middle, middle] = math.nan
     output = network(probe)
     touched = torch.isnan(output).any(dim=1)[0]
+    if not touched.any():
+        probe = torch.rand(probe.shape, generator=torch.Generator().manual_seed(0)).to(like)
+        output = network(probe)
+        probe[..., middle, middle] = 1 - probe[..., middle, middle]
+        touched = (network(probe) != output).any(dim=1)[0]
     rows = torch.nonzero(touched.any(1)).flatten()
     out_unit = output.shape[-1] // (2 * limit + 1)
     first, last = int(rows.min()), int(rows.max())
