@@ -64,9 +64,10 @@ def test_feature_maps_go_where_they_fit(monkeypatch):
         where_it_fits, "run_layers", lambda *args: seen.append(args[4].planes) or torch.zeros(1, 3, 64, 64)
     )
     monkeypatch.setattr(TiledVAE, "_difference", lambda self, side: "")
-    z = torch.zeros(1, 4, 8, 8)
+    z = torch.zeros(1, 4, 8, 16)
     ours = tiled_vae(vae)
-    needed = ours.feature_map_bytes(64 * 64, "decoder") + 2 * ours.tile_bytes(VAETiling(64))
+    ours.target = tiled_module.ComputeTarget(torch.device("cuda"), torch.float32, lambda error: False)
+    needed = ours.feature_map_bytes(64 * 128, "decoder") + 2 * ours.tile_bytes(VAETiling(64))
     for device, free in (("cpu", 0), ("cuda", needed + 1), ("cuda", needed)):
         ours = tiled_vae(vae, free)
         ours.target = tiled_module.ComputeTarget(torch.device(device), torch.float32, lambda error: False)

@@ -69,5 +69,6 @@ class ProgressCounter:
     def advance(self, preview: Preview | None = None) -> None:
         """Count one tile."""
         self.done += 1
+        self.total = max(self.total, self.done)  # what runs out of memory may take more tiles
         if self.tick:
             self.tick(self.done, self.total, preview)

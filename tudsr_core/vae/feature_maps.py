@@ -101,11 +101,13 @@ class FeatureMap:
     @staticmethod
     def measure(tile: Tensor) -> Sums:
         """Return what a tile `1 C h w` adds to the statistics."""
+        if tile.is_cuda and tile.dtype != torch.float64:
+            # One pass with float32 sums, whatever the type: what synchronised batch norm is made of.
+            count = tile.shape[-2] * tile.shape[-1]
+            mean, inverse_deviation = torch.batch_norm_stats(tile, 0.0)
+            return count, torch.stack([mean, count * inverse_deviation.pow(-2)])
         # By pixel, then channel: as tiles lie in memory.
         values = tile[0].permute(1, 2, 0).flatten(0, 1).to(torch.promote_types(tile.dtype, torch.float32))
-        if tile.is_cuda:  # one pass; on a CPU it takes four times as long as three
-            variance, mean = torch.var_mean(values, 0, correction=0)
-            return len(values), torch.stack([mean, variance * len(values)])
         mean = values.mean(0)
         return len(values), torch.stack([mean, (values - mean).square_().sum(0)])
 

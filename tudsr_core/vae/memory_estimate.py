@@ -12,9 +12,12 @@ from .settings import VAETiling
 from .stream import tile_sides
 
 
-def tile_bytes(layers: list[Layer], start: Fraction, tiling: VAETiling, dtype: torch.dtype) -> int:
-    """Bytes of a tile: its input in the feature maps' and the norm's dtype, the convolution's ends, statistics."""
-    wide = max(4, dtype.itemsize)
+def tile_bytes(layers: list[Layer], start: Fraction, tiling: VAETiling, dtype: torch.dtype, fused: bool = False) -> int:
+    """Bytes of a tile: its input in the feature maps' and the norm's dtype, the convolution's ends, statistics.
+
+    `fused`: norms and statistics read and write half types, as they do on CUDA.
+    """
+    wide = dtype.itemsize if fused else max(4, dtype.itemsize)
     largest = 0
     for layer, scale in grids(layers, start):
         if isinstance(layer, Join):

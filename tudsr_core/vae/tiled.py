@@ -7,7 +7,6 @@ Chooses how, per autoencoder: Stable Diffusion's are streamed layer by layer (`g
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -24,16 +23,16 @@ from .feature_maps import FeatureMap
 from .fusion import Features, Fusions, check_features, check_levels, fused_levels, up_to_levels, with_fusions
 from .graph import Layer, Side, UnknownTree, grids, read_layers
 from .memory_estimate import kept_channels, live_channels, tile_bytes
+from .owner import Core, with_core
 from .receptive_field import Network, ReceptiveField, find_receptive_fields, run_tiled
 from .receptive_field import count_blocks as count_local_tiles
 from .settings import ComputeTarget, VAETiling
 from .stream import count_tiles
-from .where_it_fits import run_where_it_fits
+from .where_it_fits import run_where_it_fits, run_whole
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}  # of the largest value; half types: 0.1
-POINTWISE = {"encoder": "quant_conv", "decoder": "post_quant_conv"}
 Result = TypeVar("Result")
 _proven: WeakKeyDictionary[nn.Module, set[Side]] = WeakKeyDictionary()
 
@@ -87,10 +86,18 @@ class TiledVAE:
                 log.warning("this autoencoder cannot be tiled exactly (%s); it runs on whole pictures", unknown)
             return {}
 
-    @property
+    @cached_property
     def tiling(self) -> VAETiling:
-        """What is used when nothing else is asked for: on a CPU small tiles, which its caches like better."""
-        return VAETiling(128) if self.layers and self.target.device.type == "cpu" else VAETiling()
+        """What is used when nothing else is asked for: on a CPU small tiles, which its caches like better.
+
+        On CUDA large ones, of which fewer have rims to be cut off, unless they are much for the device.
+        """
+        device, large = self.target.device, VAETiling(1024)
+        if self.layers and device.type == "cpu":
+            return VAETiling(128)
+        if self.layers and device.type == "cuda":
+            return large if 5 * self.tile_bytes(large) <= torch.cuda.mem_get_info(device)[1] else VAETiling()
+        return VAETiling()
 
     @cached_property
     def receptive_fields(self) -> tuple[ReceptiveField | None, ReceptiveField | None]:
@@ -164,6 +171,8 @@ class TiledVAE:
         """Return how often `on_tile` will be called for one picture of `size` pixels; with `keep`, by `features`."""
         tiling = tiling or self.tiling
         if side in self.layers:
+            if self._fits_one_tile(side, size, tiling, fuse, keep):
+                return 1
             start, layers = self._start(side), self._layers(side, fuse)
             layers = up_to_levels(layers, keep) if keep else layers
             return count_tiles(layers, start, tuple(int(length * start) for length in size), tiling)
@@ -173,7 +182,8 @@ class TiledVAE:
         """Return the peak memory of one tile on the device."""
         tiling = tiling or self.tiling
         sides = ((self._layers(side, fuse), self._start(side)) for side in self.layers)
-        return max((tile_bytes(*layers, tiling, self.target.dtype) for layers in sides), default=0)
+        fused, dtype = self.target.device.type == "cuda", self.target.dtype
+        return max((tile_bytes(*layers, tiling, dtype, fused) for layers in sides), default=0)
 
     def feature_map_bytes(self, pixels: int, side: Side | None = None, fuse: Fusions | None = None) -> int:
         """Return the memory of the activations of a picture of so many pixels between passes, with features."""
@@ -236,9 +246,9 @@ class TiledVAE:
                 return y.new_zeros(len(y), last.channels[1], *(int(length * scale) for length in inner.shape[-2:]))
             return y if seed is None else torch.cat([posterior_latent(y, latents, seed), y[:, latents:]], 1)
 
-        core = _Core(run)
+        core = Core(run)
         through = self.callables.encode_with if side == "encoder" else self.callables.decode_with
-        result = through(_with_core(self.vae, side, core), x)
+        result = through(with_core(self.vae, side, core), x)
         if not core.calls:
             raise UnknownTree(f"{type(self.vae).__name__} does not call its {side}")
         return result
@@ -249,15 +259,20 @@ class TiledVAE:
         start, layers = self._start(side), self._layers(side, extras.fuse)
         check_features(layers, start, tuple(x.shape[-2:]), len(x), extras.features)
         layers = up_to_levels(layers, extras.keep) if extras.only_kept else layers
+        size = tuple(int(length / start) for length in x.shape[-2:])
+        whole = self._fits_one_tile(side, size, tiling, extras.fuse, extras.keep)
         attempts = [tiling]
         if tiling.planes == "auto":
-            area = int(x.shape[-2] * x.shape[-1] / start**2)
-            needed = int(self._live_bytes(side, extras.fuse, extras.keep) * area)
+            needed = int(self._live_bytes(side, extras.fuse, extras.keep) * prod(size))
             needed += 2 * self.tile_bytes(tiling, extras.fuse)
             fits = self.target.device.type == "cpu" or needed < self.free_bytes()
             attempts = [replace(tiling, planes=planes) for planes in (("device", "host") if fits else ("host",))]
         parts = []
         for number, one in enumerate(x.split(1)):
+            if whole and (made := run_whole(self.vae, side, one, self.target)) is not None:
+                parts.append(made)
+                on_tile()
+                continue
             features = {level: extras.features[level][number] for level in fused_levels(extras.fuse)}
             given = layers, start, one, self.target
             made, overflowed = run_where_it_fits(
@@ -266,6 +281,13 @@ class TiledVAE:
             parts.append(made)
             self._overflowing |= {side} if overflowed else set()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _fits_one_tile(
+        self, side: Side, size: tuple[int, int], tiling: VAETiling, fuse: Fusions | None, keep: Iterable[str]
+    ) -> bool:
+        """Whether a picture of `size` pixels is left to the network itself: on CUDA, where every tile's layer costs."""
+        plain = not fused_levels(fuse or {}) and not list(keep) and tiling.planes != "host"
+        return plain and self.target.device.type == "cuda" and prod(size) <= tiling.tile_px**2
 
     def _streams(self, side: Side) -> bool:
         """Whether to stream: the tree is known, and on a small probe the layers give the owner's own result."""
@@ -317,27 +339,6 @@ class _Extras:
     only_kept: bool = False
     fuse: Fusions = field(default_factory=dict)
     features: Features = field(default_factory=dict)
-
-
-class _Core(nn.Module):
-    """Stands where an owner calls its encoder or decoder, and counts the calls."""
-
-    def __init__(self, run: Network) -> None:
-        super().__init__()
-        self.run, self.calls = run, 0
-
-    def forward(self, x: Tensor, **_: object) -> Tensor:
-        self.calls += 1
-        return self.run(x)
-
-
-def _with_core(vae: nn.Module, side: Side, core: nn.Module) -> nn.Module:
-    """Return `vae` with `core` in place of one side and its pointwise convolution; `vae` itself is not touched."""
-    owner = copy.copy(vae)
-    owner._modules = vae._modules | {side: core}
-    if owner._modules.get(POINTWISE[side]) is not None:
-        owner._modules[POINTWISE[side]] = nn.Identity()
-    return owner
 
 
 def posterior_latent(moments: Tensor, latents: int, seed: int | None) -> Tensor:

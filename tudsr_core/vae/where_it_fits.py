@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .feature_maps import FeatureMap
+from .graph import Side, run_untiled
 from .layer_pass import DeviceFull
-from .settings import VAETiling
+from .settings import ComputeTarget, VAETiling
 from .stream import Overflow, run_layers
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,17 @@ def run_where_it_fits(
         for level, count in kept.items():
             del keep[level][count:]
         ticks.again()
+
+
+def run_whole(vae: nn.Module, side: Side, x: Tensor, target: ComputeTarget) -> Tensor | None:
+    """Return the untiled network's own result, float32 on the CPU; None if it did not fit or overflowed float16."""
+    try:
+        y = run_untiled(vae, side, x.to(target.device, target.dtype)).float().cpu()
+    except RuntimeError as error:
+        if not target.is_out_of_memory(error):
+            raise
+        return None
+    return y if y.isfinite().all() else None
 
 
 class _Ticks:
