@@ -129,15 +129,10 @@ class LocalNetworks:
     def __init__(
         self, backbone: Backbone, unet: WeightDelta | None = None, vae: WeightDelta | None = None, name: str = ""
     ) -> None:
-        self.backbone = backbone
+        self.backbone, self.device = backbone, backbone.device
         self.unet_delta, self.vae_delta = unet or WeightDelta(), vae or WeightDelta()
         backbone.unet_merger.check(self.unet_delta, name)
         backbone.vae_merger.check(self.vae_delta, name)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the shared backbone computes."""
-        return self.backbone.device
 
     @property
     def facts(self) -> NetworkFacts:

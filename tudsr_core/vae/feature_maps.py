@@ -104,7 +104,8 @@ class FeatureMap:
         if tile.is_cuda and tile.dtype != torch.float64:
             # One pass with float32 sums, whatever the type: what synchronised batch norm is made of.
             count = tile.shape[-2] * tile.shape[-1]
-            mean, inverse_deviation = torch.batch_norm_stats(tile, 0.0)
+            # With an epsilon of 0 it calls the inverse of no deviation 0.
+            mean, inverse_deviation = torch.batch_norm_stats(tile, 1e-30)
             return count, torch.stack([mean, count * inverse_deviation.pow(-2)])
         # By pixel, then channel: as tiles lie in memory.
         values = tile[0].permute(1, 2, 0).flatten(0, 1).to(torch.promote_types(tile.dtype, torch.float32))
