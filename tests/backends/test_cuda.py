@@ -129,6 +129,7 @@ def test_the_tiled_autoencoder_is_the_untiled_one(full_size, dtype, size, planes
         truth = untiled(exact, torch.empty(0, device=DEVICE)).float().cpu()
         error = (made - truth).abs().mean() / truth.std()
         plain = (untiled(own.vae, torch.empty(0, device=DEVICE, dtype=wide)).float().cpu() - truth).abs().mean()
+        assert len(own.tiled_vae.layers) == 2  # else the network itself was called
         say(f"vae {name} {dtype} {size} {planes}: ours {error:.1e}, untiled {plain / truth.std():.1e}")
         assert error <= (1e-5 if dtype == "fp32" else 1.2 * plain / truth.std())
 

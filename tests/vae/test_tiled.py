@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 from small_vae import contents, make_vae, tiled_vae
 
 from tudsr_core.vae import tiled as tiled_module
 from tudsr_core.vae import where_it_fits
+from tudsr_core.vae.layer_pass import DeviceFull
 from tudsr_core.vae.settings import VAETiling
 from tudsr_core.vae.tiled import TiledVAE, posterior_latent
 
@@ -93,3 +96,41 @@ def test_draw_is_mean_plus_deviation_times_noise(channels):
 
     wanted = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(7))
     assert (drawn - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_an_overflow_of_float16_is_found_once_and_ticks_no_tile_twice(caplog):
+    vae, ticks = make_vae(torch.float16), []
+    vae.decoder.mid_block.resnets[0].conv2.bias[::2] = 6e4
+    vae.decoder.mid_block.resnets[1].conv2.bias[::2] = 6e4
+    truth = torch.nn.Module.to(copy.deepcopy(vae), torch.float32)
+    ours, z = tiled_vae(vae), contents(4, 9, 12, 1)["random"].float()
+    ours._streams("decoder")  # the probe may overflow, too
+    ours._overflowing.clear()
+    with caplog.at_level("INFO"):
+        made = [ours.decode(z, lambda: ticks.append(1), VAETiling(32)) for _ in range(2)]
+    assert caplog.text.count("overflowed float16: such layers") == 1
+    assert len(ticks) == 2 * ours.count("decoder", (72, 96), VAETiling(32))
+    assert torch.equal(*made)
+    wanted = truth.decode(z).sample / 2 + 0.5
+    assert (made[0] - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_a_full_device_sends_the_activations_to_host_memory(monkeypatch, caplog):
+    seen, ticks, keep = [], [], {"level 0": ["of another picture"]}
+
+    def run(tiling, on_tile, features, keep, careful):
+        seen.append(tiling.planes)
+        for _ in range(3 if tiling.planes == "device" else 5):
+            on_tile()
+        keep["level 0"].append(tiling.planes)
+        if tiling.planes == "device":
+            raise DeviceFull("full")
+        return torch.ones(1)
+
+    monkeypatch.setattr(where_it_fits, "run_layers", run)
+    tilings = [VAETiling(64, "device"), VAETiling(64, "host")]
+    made, overflowed = where_it_fits.run_where_it_fits((), tilings, lambda: ticks.append(1), {}, keep, False)
+    assert made == 1 and not overflowed and seen == ["device", "host"] and len(ticks) == 5
+    assert keep == {"level 0": ["of another picture", "host"]} and "host memory" in caplog.text
+    with pytest.raises(MemoryError):
+        where_it_fits.run_where_it_fits((), [VAETiling(64, "device")], lambda: None, {}, keep, False)

@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from .graph import UnknownTree
 
+EPS = 1e-5  # a batch norm refuses to add nothing to the variance
+
 
 def read_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, int, float]:
     """Return weight, bias, groups and eps that `norm` uses on `like`'s device and dtype; raises UnknownTree."""
@@ -77,9 +79,9 @@ def scale_and_shift(affine: tuple[Tensor, Tensor], part: Tensor, dtype: torch.dt
     narrow = torch.promote_types(part.dtype, dtype)
     if part.is_cuda and narrow != scale.dtype:
         # One pass that reads and writes half types and computes in float32: what GroupNorm itself does there.
-        # torch's own kernel: cuDNN's takes twice the time.
-        mean, variance = torch.zeros_like(scale), torch.ones_like(scale)
-        return torch.batch_norm(part.to(narrow), scale, shift, mean, variance, False, 0.0, 0.0, False)
+        # torch's own kernel (the last argument): cuDNN's takes twice the time.
+        mean, variance = torch.zeros_like(scale), torch.full_like(scale, 1 - EPS)
+        return torch.batch_norm(part.to(narrow), scale, shift, mean, variance, False, 0.0, EPS, False)
     scale, shift = (values.view(1, -1, 1, 1) for values in affine)
     return torch.addcmul(shift, part.to(scale.dtype), scale)
 
