@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from browser import fit, load_graph, open_page, run_graph, shoot, wait_until_ready
@@ -55,6 +56,14 @@ def page(request, browser_server):
 
 
 def open_graph(page):
+    """Open the graph in a new tab, with an id of its own, as saved workflows have: later frontends tell tabs by it."""
+    if not hasattr(page, "workflow"):
+        page.workflow = as_workflow(page)
+    load_graph(page, page.workflow | {"id": str(uuid4())})
+
+
+def as_workflow(page):
+    """Return GRAPH in the frontend's own form."""
     text = page.evaluate(
         "async api => {"
         " await app.loadApiJson(JSON.parse(api), 'tiles'); return JSON.stringify(app.graph.serialize()) }",
@@ -63,7 +72,7 @@ def open_graph(page):
     workflow = json.loads(text)
     for node in workflow["nodes"]:
         node["pos"] = {"1": [0, 0], "2": [0, 420], "3": [340, 0]}[str(node["id"])]
-    load_graph(page, workflow)
+    return workflow
 
 
 def stage_point(page, x, y):
@@ -356,13 +365,15 @@ def test_tabs_keep_their_edits(page):
 
 
 def switch_tab(page, path):
-    """Show an open workflow, as a click on its tab does."""
+    """Show an open workflow, as a click on its tab does, and its subgraph, if it has one."""
     page.evaluate(
         """async path => {
             const tracker = app.extensionManager.workflow;
             tracker.activeWorkflow.changeTracker.checkState();
             const tab = tracker.getWorkflowByPath(path);
             await app.loadGraphData(JSON.parse(JSON.stringify(tab.activeState)), true, true, tab);
+            const root = app.rootGraph ?? app.graph, subgraph = root._nodes.find(n => n.isSubgraphNode?.())?.subgraph;
+            if (subgraph && app.canvas.graph === root) app.canvas.setGraph(subgraph);
         }""",
         path,
     )
