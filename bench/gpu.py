@@ -14,7 +14,6 @@ The picture is noise. Published TUDSR (H800): 128 -> 512 in 0.0596 s, 256 -> 204
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from functools import partial
 
 import torch
 from full_size import random_model
-from harness import measure
+from harness import Figures, measure, medians, wait_for
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -43,11 +42,10 @@ def job(model: TwoStageModel, case: str, tile_batch: int) -> Callable[[], Tensor
     return lambda: upscale(image, model, Target(scale=factor), options)
 
 
-def medians(work: Callable[[], Tensor], args: argparse.Namespace) -> dict[str, float]:
-    """Return the figures of `measure`, after one run to warm up."""
+def figures_of(work: Callable[[], Tensor], args: argparse.Namespace) -> Figures:
+    """Return the medians of `measure`, after one run to warm up."""
     work()
-    runs = [measure(work, args.device)[1] for _ in range(args.repeat)]
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return medians([measure(work, args.device)[1] for _ in range(args.repeat)])
 
 
 def whole(model: TwoStageModel, dtype: str, args: argparse.Namespace) -> list[str]:
@@ -55,7 +53,7 @@ def whole(model: TwoStageModel, dtype: str, args: argparse.Namespace) -> list[st
     rows = []
     for case in args.sizes:
         for tile_batch in args.tile_batch:
-            own = medians(job(model, case, tile_batch), args)
+            own = figures_of(job(model, case, tile_batch), args)
             rows.append(f"| {case} | {dtype} | {tile_batch} | {own['seconds']:.3f} | {own['mib']:.0f} |")
     return rows
 
@@ -82,19 +80,14 @@ def steps(model: TwoStageModel, dtype: str, args: argparse.Namespace) -> list[st
 
 def _timed(call: Callable, name: str, spent: Counter, device: str) -> Callable:
     def run(*args: object, **kwargs: object) -> object:
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         result = call(*args, **kwargs)
-        _wait(device)
+        wait_for(device)
         spent[name] += time.perf_counter() - began
         return result
 
     return run
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
@@ -112,7 +105,7 @@ def unet(model: TwoStageModel, dtype: str, args: argparse.Namespace) -> list[str
             if args.device == "cuda":
                 ways["as a CUDA graph"] = _captured(ways["as it is"])
             for way, call in ways.items():
-                own = medians(call, args)
+                own = figures_of(call, args)
                 rows.append(f"| {layout} | {dtype} | {tiles} | {way} | {1e3 * own['seconds'] / tiles:.2f} |")
     nn.Module.to(backbone.unet, memory_format=torch.contiguous_format)
     return rows
@@ -143,7 +136,7 @@ def profiled(model: TwoStageModel, dtype: str, args: argparse.Namespace) -> list
         work()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             work()
-            _wait(args.device)
+            wait_for(args.device)
         events = seen.key_averages()
         kernels = sorted(
             (e for e in events if e.device_type != torch.autograd.DeviceType.CPU), key=lambda e: -e.device_time_total

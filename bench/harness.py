@@ -25,8 +25,7 @@ def measure(work: Callable[[], Result], device: str = "cpu") -> tuple[Result, Fi
     before = _reset_peak(device)
     began, busy = time.perf_counter(), time.process_time()
     result = work()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
     return result, {"seconds": seconds, "cpu": busy, "mib": max(0, _peak(device) - before) / 2**20}
 
@@ -40,12 +39,23 @@ def take_turns(commands: dict[str, list[str]], repeat: int) -> dict[str, Figures
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: {key: statistics.median(run[key] for run in all_) for key in all_[0]} for name, all_ in runs.items()}
+    return {name: medians(all_) for name, all_ in runs.items()}
+
+
+def medians(runs: list[Figures]) -> Figures:
+    """Return the median of every figure."""
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _reset_peak(device: str) -> int:
+    wait_for(device)
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

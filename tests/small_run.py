@@ -22,31 +22,16 @@ from tudsr_core.training.config import (
     RunConfig,
     TrainingConfig,
 )
+from tudsr_core.training.embedded_networks import UNET_CONFIG, VAE_CONFIG
 from tudsr_core.weights.adapters import Adapter, LoRAWeights, WeightDelta
 from tudsr_core.weights.checkpoints import ModelFile, write_model
 
 SIZE = 32
-VAE = {
-    "latent_channels": 4,
-    "encoder_block_types": "ResBlock",
-    "decoder_block_types": "ResBlock",
-    "encoder_block_out_channels": [16, 16, 16],
-    "decoder_block_out_channels": [16, 16, 16],
-    "encoder_layers_per_block": [0, 1, 0],
-    "decoder_layers_per_block": [0, 1, 1],
-    "encoder_qkv_multiscales": [[], [], []],
-    "decoder_qkv_multiscales": [[], [], []],
-    "encoder_out_shortcut": False,
-    "decoder_in_shortcut": False,
-    "scaling_factor": 1.0,
-}
-UNET = {
+VAE = VAE_CONFIG | {"latent_channels": 4} | {f"{side}_block_out_channels": [16] * 3 for side in ("encoder", "decoder")}
+UNET = UNET_CONFIG | {
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
     "block_out_channels": [16, 16],
     "layers_per_block": 1,
     "cross_attention_dim": 8,
