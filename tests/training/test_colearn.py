@@ -37,7 +37,8 @@ from tudsr_core.training.colearn_config import (
 )
 from tudsr_core.training.colearn_session import train_colearn
 from tudsr_core.training.colearn_terms import Made
-from tudsr_core.training.config import ConfigError, ModelConfig, RunConfig, ValidationConfig, parse_toml
+from tudsr_core.training.config import ModelConfig, RunConfig, ValidationConfig
+from tudsr_core.training.sections import ConfigError, parse_toml
 from tudsr_core.training.state import saved_steps
 from tudsr_core.training.teacher import MethodTeacher
 from tudsr_core.training.trainer import TrainingError

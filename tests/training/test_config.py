@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tudsr_core.training.config import STAGE_DEFAULTS, ConfigError, TrainingConfig, parse_toml, read_config
+from tudsr_core.training.config import STAGE_DEFAULTS, TrainingConfig, read_config
+from tudsr_core.training.sections import ConfigError, parse_toml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAST = 'output = "out"\n[model]\nbase = "sd21"\n[data]\nfolders = ["photos"]\n'

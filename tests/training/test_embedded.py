@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from tudsr_core.backends.local import load_embedded
 from tudsr_core.methods.plan import Target
@@ -12,12 +12,12 @@ from tudsr_core.methods.two_stage import upscale
 from tudsr_core.pictures.tensors import resize
 from tudsr_core.training import embedded as training
 from tudsr_core.training import embedded_networks, embedded_samples
-from tudsr_core.training.config import read_sections
 from tudsr_core.training.data import PACKAGE, PHOTOGRAPHS, SIDE, Crops, read_photographs
 from tudsr_core.training.drawn import draw_pictures
-from tudsr_core.training.embedded_config import DataSection, EmbeddedConfig, LoopedPhase, Phase
-from tudsr_core.training.embedded_samples import BACKBONE, LOOPED, POLISH, Steps, batches
+from tudsr_core.training.embedded_config import DataSection, EmbeddedConfig, FinishPhase, LoopedPhase, Phase
+from tudsr_core.training.embedded_samples import BACKBONE, FINISH, LOOPED, POLISH, Steps, batches
 from tudsr_core.training.identity import start_as_identity
+from tudsr_core.training.sections import ConfigError, read_sections
 from tudsr_core.weights.checkpoints import embedded_path
 
 RECIPE = Path(__file__).parents[2] / "configs" / "embedded.toml"
@@ -26,7 +26,21 @@ RECIPE = Path(__file__).parents[2] / "configs" / "embedded.toml"
 def test_the_card_says_the_steps_of_the_recipe():
     card = (embedded_path().parent / "README.md").read_text("utf-8")
     recipe = read_sections(EmbeddedConfig, RECIPE, {})
-    assert f"{recipe.polish.steps:,} steps of polishing" in card and f"{recipe.stage_two.steps:,} of stage two" in card
+    for words in (
+        f"{recipe.polish.steps:,} steps of polishing",
+        f"{recipe.finish.steps:,} with small print",
+        f"{recipe.stage_two.steps:,} of stage two",
+    ):
+        assert words in card
+
+
+def test_sections_have_defaults_and_what_is_missing_is_named(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('output = "out"\n[data]\nwheels = "w"\n[polish]\nrate = 1\n', "utf-8")
+    with pytest.raises(ConfigError, match=r"\[data\] lacks photographs$"):
+        read_sections(EmbeddedConfig, recipe, {})
+    recipe.write_text('output = "out"\n[data]\nwheels = "w"\nphotographs = "p"\n', "utf-8")
+    assert read_sections(EmbeddedConfig, recipe, {}).finish.steps == 0
 
 
 def test_every_photograph_is_in_the_card_with_its_licence():
@@ -44,16 +58,22 @@ def test_photographs_are_shrunk_and_a_missing_one_is_named(tmp_path):
     assert {tuple(photo.shape) for photo in photos.values()} == {(3, SIDE // 4, SIDE)}
 
 
+FONTS = [ImageFont.load_default(10).font_bytes]
+
+
 @pytest.fixture
 def photos(noise):
     return {"soft": resize(noise(1, 3, 20, 20), (160, 160))[0].clamp(0, 1)}
 
 
-def steps_of(photos, seed=0, backbone=6, together=1):
+def steps_of(photos, seed=0, backbone=6, together=1, pages=0.5):
     crops = Crops(photos, draw_pictures(2, 0, list(photos.values())), 0)
     looped = LoopedPhase(1, 1e-4, together=together)
     phases = {"backbone": Phase(backbone, 1e-4, 3), "polish": Phase(1, 1e-4, 3), "stage_two": looped}
-    return Steps(crops, EmbeddedConfig(Path("out"), DataSection(Path(), Path()), seed, **phases), 32)
+    config = EmbeddedConfig(
+        Path("out"), DataSection(Path(), Path()), seed, **phases, finish=FinishPhase(1, 1e-4, 16, pages)
+    )
+    return Steps(crops, FONTS, config, 32)
 
 
 def same(one, other):
@@ -63,7 +83,7 @@ def same(one, other):
 def test_workers_draw_the_batches_that_none_draw(photos):
     steps = steps_of(photos)
     alone, beside = (list(batches(steps, steps.places(), workers)) for workers in (0, 2))
-    assert len(alone) == len(beside) == 8 and all(map(same, alone, beside))
+    assert len(alone) == len(beside) == 9 and all(map(same, alone, beside))
 
 
 def test_a_batch_follows_from_seed_phase_and_step(photos):
@@ -77,10 +97,11 @@ def test_a_batch_follows_from_seed_phase_and_step(photos):
 
 def test_a_batch_holds_what_its_step_needs(photos):
     steps = steps_of(photos)
-    first, rehearsal, polish, looped = (steps[at] for at in ((BACKBONE, 0), (BACKBONE, 4), (POLISH, 0), (LOOPED, 0)))
+    places = (BACKBONE, 0), (BACKBONE, 4), (POLISH, 0), (LOOPED, 0), (FINISH, 0)
+    first, rehearsal, polish, looped, finish = (steps[at] for at in places)
     shapes = [[tuple(part.shape[1:]) for part in batch if part is not None] for batch in (first, rehearsal)]
     assert shapes == [[(3, 32, 32)] * 2, [(3, 32, 32), (3, 16, 16)]]
-    assert polish.smooth.shape == (1, 3, 16, 16)
+    assert polish.smooth.shape == (1, 3, 16, 16) and finish.smooth.shape == (8, 3, 16, 16)
     assert [tuple(part.shape) for part in looped] == [(2, 3, 64, 64), (2, 3, 32, 32), (2, 3, 16, 16)]
     batch = first.to(torch.device("meta"))
     assert batch.sharp.is_meta and batch.start.is_meta and batch.smooth is None
@@ -123,20 +144,31 @@ def test_a_step_stays_on_the_device_and_reads_nothing_from_it(photos, monkeypatc
     def report(*told):
         reports.append(told)
 
-    for number in (BACKBONE, POLISH):
-        model = training.train_backbone(drawn, model, steps.phases[number], report, polish=number == POLISH)
+    for number in (BACKBONE, POLISH, FINISH):
+        model = training.train_backbone(drawn, model, steps.phases[number], report, polish=number != BACKBONE)
     adapted = training.train_stage_two(drawn, model, steps.phases[LOOPED], report)
-    assert len(reports) == 4 and all(loss.is_meta for _, loss, _ in reports)
+    assert len(reports) == 5 and all(loss.is_meta for _, loss, _ in reports)
     assert all(parameter.is_meta for parameter in adapted.parameters())
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"steps": -1}, {"together": 3}])
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"steps": -1}, {"together": 3}, {"pages": 1.5}])
 def test_a_phase_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LoopedPhase(**({"steps": 1, "rate": 1e-3} | wrong))
 
 
-def test_both_phases_run_and_the_file_is_a_model(tmp_path, monkeypatch, photos):
+def test_the_finish_goes_so_far_from_the_weights_before_as_it_says():
+    before, after = (training.Restorer(*training.build()) for _ in range(2))
+    old, new = (list(one.vae.parameters()) + list(one.unet.parameters()) for one in (before, after))
+    expected = [0.3 * a + 0.7 * b for a, b in zip(old, new, strict=True)]
+    mixed = training._mixed(before, after, 0.7)
+    found = list(mixed.vae.parameters()) + list(mixed.unet.parameters())
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="mix"):
+        FinishPhase(1, 1e-3, mix=0)
+
+
+def test_every_phase_runs_and_the_file_is_a_model(tmp_path, monkeypatch, photos):
     monkeypatch.setattr(training, "CHUNK", 32)
     torch.manual_seed(0)
     crops = Crops(photos, draw_pictures(2, 0, list(photos.values())), 0)
@@ -147,12 +179,13 @@ def test_both_phases_run_and_the_file_is_a_model(tmp_path, monkeypatch, photos):
         assert (model.step(picture) - picture).abs().mean() < 0.02  # training starts at bicubic
     monkeypatch.setattr(training.data, "read_photos", lambda *_: photos)
     monkeypatch.setattr(training.data, "read_photographs", lambda _: {})
-    one, looped = Phase(1, 1e-4), LoopedPhase(1, 1e-4)
+    monkeypatch.setattr(training.data, "read_fonts", lambda _: FONTS)
+    one, finish, looped = (kind(1, 1e-4, pages=0.5) for kind in (Phase, FinishPhase, LoopedPhase))
     section = DataSection(tmp_path, tmp_path, drawn=2)
     output = tmp_path / "new" / "model.safetensors"
-    training.train(EmbeddedConfig(output, section, 0, None, "cpu", 1, one, one, looped))
+    training.train(EmbeddedConfig(output, section, 0, None, "cpu", 1, one, one, finish, looped))
     last = training.Restorer(*training.build())
-    training._load(last, output.with_suffix(".polish.safetensors"))  # where a run that ended here goes on
+    training._load(last, output.with_suffix(".finish.safetensors"))  # where a run that ended here goes on
     loaded = load_embedded("cpu", path=output)
     enlarged = upscale(picture[..., :16, :16], loaded, Target(scale=8))
     assert enlarged.shape == (1, 3, 128, 128) and enlarged.isfinite().all()

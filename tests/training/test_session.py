@@ -21,8 +21,9 @@ from tudsr_core.backends.local import AdapterOptions, load_embedded, load_sd21
 from tudsr_core.methods.plan import Target
 from tudsr_core.methods.two_stage import UpscaleOptions, upscale
 from tudsr_core.pictures.tensors import resize
-from tudsr_core.training.config import ConfigError, ModelConfig, ValidationConfig
+from tudsr_core.training.config import ModelConfig, ValidationConfig
 from tudsr_core.training.networks import build_stage_one, build_trained
+from tudsr_core.training.sections import ConfigError
 from tudsr_core.training.session import Log, train
 from tudsr_core.training.trainer import Trainer
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .colearn_config import ColearnConfig
 from .colearn_networks import build_networks
 from .colearn_terms import Judge, Made, Terms
-from .config import ConfigError
 from .samples import rng_of
+from .sections import ConfigError
 from .state import load_optimizer, load_state, optimizer_tensors, save_state, saved_steps
 from .trainer import Patience, Report, interrupts, is_number
 from .two_folders import Sample, TwoFolders, samples

@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..pictures import RECIPES
-from .config import (
-    ConfigError,
-    LoraConfig,
-    ModelConfig,
-    RunConfig,
-    ValidationConfig,
-    found_base,
-    parse_toml,
-    plain_values,
-    read_sections,
-)
+from .config import LoraConfig, ModelConfig, RunConfig, ValidationConfig, found_base, plain_values
+from .sections import ConfigError, parse_toml, read_sections
 
 PAIRS = ("clean", *RECIPES)
 

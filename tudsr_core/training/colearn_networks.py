@@ -23,8 +23,9 @@ from ..models import (
 )
 from ..weights import ModelFile, embedded_path, read_model
 from .colearn_config import ColearnConfig, CriticsConfig
-from .config import EMBEDDED, ConfigError, ModelConfig
+from .config import EMBEDDED, ModelConfig
 from .networks import Restorer, add_lora, is_model_file, load_base
+from .sections import ConfigError
 from .state import newest_part
 from .teacher import ChainTeacher, Teacher, build_chain, build_method
 

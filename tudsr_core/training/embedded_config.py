@@ -26,15 +26,37 @@ class DataSection:
 
 @dataclass(frozen=True)
 class Phase:
-    """Optimiser steps, none to leave the phase out, the peak of the learning rate, and pictures a step."""
+    """Optimiser steps, none to leave the phase out, the peak of the learning rate, and pictures a step.
+
+    `pages` is the share of them that is small print (`pages.py`).
+    """
 
     steps: int
     rate: float
     batch: int = 8
+    pages: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.rate <= 0 or self.batch < 1:
             raise ValueError("steps must not be below 0, rate must be above it, and batch at least 1")
+        if not 0 <= self.pages <= 1:
+            raise ValueError("pages must be from 0 to 1")
+
+
+@dataclass(frozen=True)
+class FinishPhase(Phase):
+    """A second polish, for pictures that the others lack.
+
+    `mix` is how far it goes from the weights before to those it ends with: in between, what is new is learned
+    and little is forgotten (WiSE-FT, Wortsman et al. 2022).
+    """
+
+    mix: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.mix <= 1:
+            raise ValueError("mix must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,7 @@ class EmbeddedConfig:
     report_every: int = 250
     backbone: Phase = field(default_factory=lambda: Phase(8000, 8e-4))
     polish: Phase = field(default_factory=lambda: Phase(700, 2e-4))
+    finish: FinishPhase = field(default_factory=lambda: FinishPhase(0, 2e-4))
     stage_two: LoopedPhase = field(default_factory=lambda: LoopedPhase(1200, 1e-3))
 
     def __post_init__(self) -> None:

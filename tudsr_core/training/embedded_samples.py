@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from ..pictures import random_mild, resize
 from .data import Crops
 from .drawn import START, draw_gradients
-from .embedded_config import EmbeddedConfig
+from .embedded_config import EmbeddedConfig, Phase
+from .pages import draw_pages
 
 # What a random stream is for. Those of the phases have their numbers.
-IDENTITY, BACKBONE, POLISH, LOOPED = range(4)
+IDENTITY, BACKBONE, POLISH, LOOPED, FINISH = range(5)
 AHEAD = 4  # batches that a worker keeps ready
 
 
@@ -50,9 +51,14 @@ class Steps(Dataset):
     it does not overshoot when a plan asks for less than x4.
     """
 
-    def __init__(self, crops: Crops, config: EmbeddedConfig, side: int) -> None:
-        self.crops, self.seed, self.side = crops, config.seed, side
-        self.phases = {BACKBONE: config.backbone, POLISH: config.polish, LOOPED: config.stage_two}
+    def __init__(self, crops: Crops, fonts: list[bytes], config: EmbeddedConfig, side: int) -> None:
+        self.crops, self.fonts, self.seed, self.side = crops, fonts, config.seed, side
+        self.phases = {
+            BACKBONE: config.backbone,
+            POLISH: config.polish,
+            FINISH: config.finish,
+            LOOPED: config.stage_two,
+        }
 
     def places(self) -> list[tuple[int, int]]:
         """Return every `(phase, step)` of the run, in order."""
@@ -63,13 +69,20 @@ class Steps(Dataset):
         phase, step = place
         rng = np.random.default_rng([self.seed, phase, step])
         count, side = self.phases[phase].batch, self.side
-        sharp = self.crops.batch(count, 2 * side if phase == LOOPED else side, rng)
+        sharp = self._sharp(self.phases[phase], 2 * side if phase == LOOPED else side, rng)
         halved = phase == LOOPED or rehearses(step)
         start = torch.cat([_start(one[None], halved, rng) for one in sharp])
         if phase == BACKBONE:
             return Batch(sharp, start, None)
         smooth = count if phase == LOOPED else max(1, count // 2)
         return Batch(sharp, start, draw_gradients(smooth, side // 2, rng))
+
+    def _sharp(self, phase: Phase, side: int, rng: np.random.Generator) -> Tensor:
+        pages = int(rng.binomial(phase.batch, phase.pages)) if phase.pages else 0
+        parts = [draw_pages(pages, side, self.fonts, rng)] if pages else []
+        if pages < phase.batch:
+            parts.append(self.crops.batch(phase.batch - pages, side, rng))
+        return torch.cat(parts)
 
 
 def _start(sharp: Tensor, halved: bool, rng: np.random.Generator) -> Tensor:

@@ -14,7 +14,8 @@ from ..backends import load_embedded, load_sd2
 from ..diffusion import OneStep, from_noise_level
 from ..models import checkpoint_as_worn
 from ..weights import MODEL_FORMAT, Adapter, LoRAMerger, open_safetensors, read_adapter
-from .config import EMBEDDED, ConfigError, LoraConfig, ModelConfig, TrainingConfig
+from .config import EMBEDDED, LoraConfig, ModelConfig, TrainingConfig
+from .sections import ConfigError
 
 
 class Restorer(nn.Module):

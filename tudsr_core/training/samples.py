@@ -28,7 +28,8 @@ from ..pictures import (
     resize,
     sample_degradation,
 )
-from .config import ConfigError, DataConfig
+from .config import DataConfig
+from .sections import ConfigError
 
 T = TypeVar("T")
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .colearn_config import ColearnConfig
-from .config import ConfigError, TrainingConfig
+from .config import TrainingConfig
 from .export import export
 from .networks import is_model_file
+from .sections import ConfigError
 from .state import saved_steps
 from .trainer import Report, Trainer
 from .validation import read_validation, validate

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..untrusted import parse_json, shown
 from ..weights import CheckpointError, read_file, write_file
 from .colearn_config import ColearnConfig
-from .config import ConfigError, TrainingConfig
+from .config import TrainingConfig
+from .sections import ConfigError
 
 FORMAT = "tudsr-training/1"
 # Settings that may change between a stop and a restart.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..pictures import RECIPES, clean, degrade, read_picture, sample_degradation
 from .colearn_config import PairsConfig
-from .config import ConfigError
 from .samples import CROP, ORDER, Numbered, Numbers, find_pictures, loaded, random_crop, rng_of
+from .sections import ConfigError
 
 FACTOR = 4  # the grid that downsamplers work on
 ORIENTATION = 0x0112  # of EXIF

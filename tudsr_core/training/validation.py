@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..evaluation import psnr_y, seam_score
 from ..pictures import Picture, pad_to, read_picture, write_picture
-from .config import ConfigError, TrainingConfig, ValidationConfig
+from .config import TrainingConfig, ValidationConfig
 from .samples import VALIDATION, find_pictures, make_low, rng_of
+from .sections import ConfigError
 from .stages import enlarge, join, split
 from .trainer import Trainer
 
