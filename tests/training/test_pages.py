@@ -32,10 +32,17 @@ def test_print_is_mostly_paper_with_strokes_that_a_small_picture_loses():
     assert small.flatten(1).std(1).median() < 0.8 * pages.flatten(1).std(1).median()
 
 
+def pack(folder, paths):
+    with zipfile.ZipFile(folder / "matplotlib-3.11.2.whl", "w") as wheel:
+        for path in paths:
+            wheel.writestr(path, path)
+
+
 def test_fonts_come_out_of_the_wheel_and_a_missing_one_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no wheel of matplotlib .*pip download"):
         read_fonts(tmp_path)
-    with zipfile.ZipFile(tmp_path / "matplotlib-3.11.2-cp311.whl", "w") as wheel:
-        for path in FONTS:
-            wheel.writestr(path, path)
+    pack(tmp_path, FONTS[:1])
+    with pytest.raises(FileNotFoundError, match=f"matplotlib-3.11.2.whl lacks {FONTS[1]}; run: pip download"):
+        read_fonts(tmp_path)
+    pack(tmp_path, FONTS)
     assert read_fonts(tmp_path) == [path.encode() for path in FONTS]

@@ -134,7 +134,7 @@ def _read_ascent(data: bytes) -> np.ndarray:
 def read_photos(photos: tuple[Photo, ...], wheels: Path) -> dict[str, Tensor]:
     """Return `{name: 3 H W float 0..1}` read from the wheel files in the folder `wheels`.
 
-    Raises FileNotFoundError that names the missing wheel and the pip command that brings it.
+    Raises FileNotFoundError that names the missing wheel or picture and the pip command that brings it.
     """
     with ThreadPoolExecutor() as pool:
         return {name: crop for found in pool.map(partial(_read_photo, wheels), photos) for name, crop in found.items()}
@@ -142,23 +142,22 @@ def read_photos(photos: tuple[Photo, ...], wheels: Path) -> dict[str, Tensor]:
 
 def read_fonts(wheels: Path) -> list[bytes]:
     """Return the content of the TrueType files FONTS; raises FileNotFoundError as `read_photos` does."""
-    with _open_wheel(wheels, "matplotlib") as wheel:
-        return [wheel.read(path) for path in FONTS]
+    return [_unpack(wheels, "matplotlib", path) for path in FONTS]
 
 
-def _open_wheel(wheels: Path, package: str) -> zipfile.ZipFile:
+def _unpack(wheels: Path, package: str, path: str) -> bytes:
+    remedy = f"run: pip download --no-deps --python-version 3.11 --only-binary=:all: -d {wheels} {' '.join(WHEELS)}"
     matches = sorted(wheels.glob(f"{package}-*.whl"))
     if not matches:
-        raise FileNotFoundError(
-            f"no wheel of {package} in {wheels}; "
-            f"run: pip download --no-deps --python-version 3.11 --only-binary=:all: -d {wheels} {' '.join(WHEELS)}"
-        )
-    return zipfile.ZipFile(matches[-1])
+        raise FileNotFoundError(f"no wheel of {package} in {wheels}; {remedy}")
+    with zipfile.ZipFile(matches[-1]) as wheel:
+        if path not in wheel.namelist():
+            raise FileNotFoundError(f"{matches[-1]} lacks {path}; {remedy}")
+        return wheel.read(path)
 
 
 def _read_photo(wheels: Path, photo: Photo) -> dict[str, Tensor]:
-    with _open_wheel(wheels, photo.package) as wheel:
-        image = _decode(photo, wheel.read(photo.path)).convert("RGB")
+    image = _decode(photo, _unpack(wheels, photo.package, photo.path)).convert("RGB")
     boxes = photo.boxes or ((0, 0, *image.size),)
     return {f"{photo.name}{i or ''}": to_tensor(image.crop(box)) for i, box in enumerate(boxes)}
 
