@@ -81,7 +81,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, text, says):
 
 def test_what_is_missing_and_what_is_of_the_other_stage(tmp_path):
     for text, says in (
-        (LEAST.replace('output = "out"\n', ""), "lacks 'output'"),
+        (LEAST.replace('output = "out"\n', ""), "run.toml lacks output$"),
         (LEAST.replace('base = "sd21"\n', ""), "base is missing"),
         (LEAST.replace('folders = ["photos"]\n', ""), "folders is missing"),
         (LEAST + "chunks = 2\n", "chunks and stage_one belong to stage two"),

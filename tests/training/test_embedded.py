@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
@@ -17,6 +18,7 @@ from tudsr_core.training.drawn import draw_pictures
 from tudsr_core.training.embedded_config import DataSection, EmbeddedConfig, FinishPhase, LoopedPhase, Phase
 from tudsr_core.training.embedded_samples import BACKBONE, FINISH, LOOPED, POLISH, Steps, batches
 from tudsr_core.training.identity import start_as_identity
+from tudsr_core.training.pages import draw_pages
 from tudsr_core.training.sections import ConfigError, read_sections
 from tudsr_core.weights.checkpoints import embedded_path
 
@@ -38,6 +40,9 @@ def test_sections_have_defaults_and_what_is_missing_is_named(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('output = "out"\n[data]\nwheels = "w"\n[polish]\nrate = 1\n', "utf-8")
     with pytest.raises(ConfigError, match=r"\[data\] lacks photographs$"):
+        read_sections(EmbeddedConfig, recipe, {})
+    recipe.write_text('report_every = 0\noutput = "out"\n[data]\nwheels = "w"\nphotographs = "p"\n', "utf-8")
+    with pytest.raises(ConfigError, match="recipe.toml: .*report_every at least 1"):
         read_sections(EmbeddedConfig, recipe, {})
     recipe.write_text('output = "out"\n[data]\nwheels = "w"\nphotographs = "p"\n', "utf-8")
     assert read_sections(EmbeddedConfig, recipe, {}).finish.steps == 0
@@ -67,6 +72,7 @@ def photos(noise):
 
 
 def steps_of(photos, seed=0, backbone=6, together=1, pages=0.5):
+    """One step of each phase but for the backbone's; `pages` is the share that the finish has."""
     crops = Crops(photos, draw_pictures(2, 0, list(photos.values())), 0)
     looped = LoopedPhase(1, 1e-4, together=together)
     phases = {"backbone": Phase(backbone, 1e-4, 3), "polish": Phase(1, 1e-4, 3), "stage_two": looped}
@@ -78,6 +84,15 @@ def steps_of(photos, seed=0, backbone=6, together=1, pages=0.5):
 
 def same(one, other):
     return all(a is b is None or torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_share_of_pages_is_that_of_the_phase_and_none_changes_nothing(photos):
+    for share in (0, 1):
+        steps, rng = steps_of(photos, pages=share), np.random.default_rng([0, FINISH, 0])
+        if share:
+            rng.binomial(16, share)  # how many of the 16 are pages
+        expected = draw_pages(16, 32, FONTS, rng) if share else steps.crops.batch(16, 32, rng)
+        assert torch.equal(steps[FINISH, 0].sharp, expected)
 
 
 def test_workers_draw_the_batches_that_none_draw(photos):

@@ -1,7 +1,7 @@
 """Pages of small print for training, as scanned or photographed: letters that a x4 or x8 picture hardly resolves.
 
 Words follow English letter frequencies, because what a restorer may guess of a blurred letter is the mean
-over the letters it could be.
+over the letters it could be. The texts of `drawn.py` are larger, and letters in any order.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def _set_page(side: int, fonts: list[bytes], rng: np.random.Generator) -> Image.
     body = float(np.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST)))) * FINER
     y = float(rng.uniform(-body, 0))
     while y < wide:
-        em = body * float(rng.uniform(1.3, 2)) if rng.random() < 0.1 else body
+        heading = rng.random() < 0.1
+        em = body * float(rng.uniform(1.3, 2)) if heading else body
         font = ImageFont.truetype(io.BytesIO(fonts[rng.integers(len(fonts))]), em)
         pitch, margin = em * float(rng.uniform(1.1, 1.6)), float(rng.uniform(-2, 2)) * em
-        for _ in range(int(rng.integers(1, 9)) if em == body else 1):
+        for _ in range(1 if heading else int(rng.integers(1, 9))):
             end = wide if rng.random() < 0.85 else wide * float(rng.random())
             words = " ".join(_word(rng) for _ in range(int(end / em / 2) + 1))
             draw.text((margin, y), words, fill=0, font=font)

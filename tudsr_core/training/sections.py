@@ -38,9 +38,7 @@ def read_sections(whole: type, path: Path, defaults: dict[str, dict[str, Any]]) 
         own = defaults.get(name, {})
         if name in tables or own or name in _required(whole):
             values[name] = _section(kind, tables.get(name, {}), own, f"{where}, [{name}]", path.parent)
-    if "output" not in values:
-        raise ConfigError(f"{where} lacks 'output', the folder to write to")
-    return whole(**values)
+    return _made(whole, values, where)
 
 
 def parse_toml(path: Path) -> dict[str, Any]:
@@ -70,7 +68,10 @@ def _section(kind: type, table: Any, defaults: dict[str, Any], where: str, folde
     hints = get_type_hints(kind)
     _only(table, hints, where)
     values = {name: _value(hints[name], value, f"{where}: {name}", folder) for name, value in table.items()}
-    values = defaults | values
+    return _made(kind, defaults | values, where)
+
+
+def _made(kind: type, values: dict[str, Any], where: str) -> Any:
     if missing := _required(kind) - values.keys():
         raise ConfigError(f"{where} lacks {some(sorted(missing))}")
     try:
